@@ -1,0 +1,91 @@
+"""Defaults of every experiment: the paper's, at its smallest image size.
+
+An experiment's `get_config(arg)` starts from `get_config()` here and changes
+what is its own. `--config=configs/NAME.py:smoke` shrinks any of them to seconds.
+"""
+
+import ml_collections
+
+
+def get_config():
+  """Returns the hyper-parameters of ViTGAN at 32 x 32 pixels."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.batch_size = 128  # images a step, over all devices
+  config.total_kimg = 51_200.0  # length of the run, thousands of real images
+  config.steps_per_call = 16  # steps in one call of the host; must fit the kimg
+  config.dtype = "float32"  # of the computation: "float32" or "bfloat16"
+
+  config.data = ml_collections.ConfigDict()
+  config.data.dataset = "cifar10"  # a TFDS name
+  config.data.split = "train"
+  config.data.image_size = 32
+  config.data.flip = True  # mirror real images at random
+  config.data.data_dir = ""  # where datasets live; "" is TFDS's own folder
+
+  config.generator = ml_collections.ConfigDict()
+  config.generator.patch_size = 4
+  config.generator.width = 384
+  config.generator.depth = 4
+  config.generator.num_heads = 6
+  config.generator.mlp_dim = 1536
+  config.generator.latent_dim = 384
+  config.generator.mapping_depth = 8
+  config.generator.mapping_lr_multiplier = 0.01
+  config.generator.latent_injection = "sln"  # "sln", "add" or "token"
+  config.generator.attention = "dot"  # "dot" or "l2"
+  config.generator.conv_qkv = False  # 3x3 convolutions for query, key, value
+  # "implicit" (modulated), "implicit_concat", "linear" or "conv"
+  config.generator.patch_decoder = "implicit"
+  config.generator.decoder_dim = 384
+  config.generator.position_scale = 3.0
+  config.generator.fourier_scale = 3.0
+
+  config.discriminator = ml_collections.ConfigDict()
+  config.discriminator.patch_size = 4
+  config.discriminator.overlap = 2  # pixels on every side; half a patch
+  config.discriminator.width = 384
+  config.discriminator.depth = 4
+  config.discriminator.num_heads = 6
+  config.discriminator.mlp_dim = 1536
+  config.discriminator.attention = "l2"  # "l2" or "dot"
+  config.discriminator.qk_gain = 0.4
+  config.discriminator.conv_qkv = False
+  config.discriminator.spectral_norm = "isn"  # "isn", "sn" or "none"
+  config.discriminator.position_scale = 3.0
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.g_learning_rate = 2e-3
+  config.optimizer.d_learning_rate = 2e-3
+  config.optimizer.b1 = 0.0
+  config.optimizer.b2 = 0.99
+  config.optimizer.eps = 1e-8
+
+  config.loss = ml_collections.ConfigDict()
+  # "non_saturating", "hinge", "wasserstein" or "rpgan"
+  config.loss.adversarial = "non_saturating"
+  config.loss.bcr_weight = 10.0
+  config.loss.r1_gamma = 0.0
+  config.loss.r2_gamma = 0.0
+  config.loss.gradient_penalty_every = 16  # steps; R1 and R2 are lazy
+  config.loss.lecam_weight = 0.0
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.probability = 0.8
+  config.augment.brightness = 0.5
+  config.augment.saturation = 1.0
+  config.augment.contrast = 0.5
+  config.augment.translation = 0.125
+  config.augment.scaling = 0.2
+  config.augment.cutout = 0.5
+
+  config.ema = ml_collections.ConfigDict()
+  config.ema.half_life_kimg = 20.0
+  config.ema.ramp_up = 0.05  # half-life at most this share of the images seen
+
+  config.log_every_kimg = 50.0
+  config.sample_every_kimg = 500.0
+  config.num_sample_images = 64  # on the grids of the training run
+  config.checkpoint_every_kimg = 1_000.0
+  config.keep_checkpoints = 3
+  return config

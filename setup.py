@@ -1,0 +1,53 @@
+"""Packaging of vitgan_jax; tested versions are pinned in constraints.txt."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r'__version__ = "(.+)"',
+  (_ROOT / "vitgan_jax" / "__init__.py").read_text(encoding="utf-8"),
+).group(1)
+
+setuptools.setup(
+  name="vitgan_jax",
+  version=_VERSION,
+  description="ViTGAN: Training GANs with Vision Transformers, in JAX",
+  long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(include=["vitgan_jax*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.1",
+    "clu>=0.0.12",
+    "flax>=0.12",
+    "importlib_resources>=6.0",  # tensorflow-datasets does not declare it
+    "jax>=0.7",
+    "jaxlib>=0.7",
+    "matplotlib>=3.9",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.25",
+    "pillow>=11.0",
+    "scikit-learn>=1.5",  # carries the digits of the demo
+    "tensorboard>=2.19",  # clu does not declare it
+    "tensorflow-cpu>=2.19; sys_platform == 'linux' "
+    "and platform_machine == 'x86_64'",
+    "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.9",
+  ],
+  extras_require={
+    "test": ["pytest>=8.3", "ruff>=0.8"],
+    "tpu": ["jax[tpu]>=0.7"],
+    "cuda": ["jax[cuda12]>=0.7"],
+  },
+  classifiers=[
+    "License :: OSI Approved :: Apache Software License",
+    "Programming Language :: Python :: 3.11",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

@@ -1,0 +1,87 @@
+"""Adversarial losses and discriminator penalties.
+
+All losses take logits [B], float32, without an activation, and return scalars.
+Pairs are `(discriminator loss, generator loss)`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def non_saturating_d(real_logits, fake_logits):
+  """-log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))) (Goodfellow et al. 2014)."""
+  # softplus(-l) = -log sigmoid(l), softplus(l) = -log(1 - sigmoid(l))
+  return jnp.mean(jax.nn.softplus(-real_logits)) + jnp.mean(
+    jax.nn.softplus(fake_logits)
+  )
+
+
+def non_saturating_g(unused_real_logits, fake_logits):
+  """-log sigmoid(D(G(z)))."""
+  return jnp.mean(jax.nn.softplus(-fake_logits))
+
+
+def hinge_d(real_logits, fake_logits):
+  """max(0, 1 - D(x)) + max(0, 1 + D(G(z))) (Lim and Ye 2017)."""
+  return jnp.mean(jax.nn.relu(1.0 - real_logits)) + jnp.mean(
+    jax.nn.relu(1.0 + fake_logits)
+  )
+
+
+def wasserstein_d(real_logits, fake_logits):
+  """D(G(z)) - D(x) (Arjovsky et al. 2017); the norm must bound D's slope."""
+  return jnp.mean(fake_logits) - jnp.mean(real_logits)
+
+
+def wasserstein_g(unused_real_logits, fake_logits):
+  """-D(G(z)), the generator's side of hinge and Wasserstein."""
+  return -jnp.mean(fake_logits)
+
+
+def relativistic_d(real_logits, fake_logits):
+  """-log sigmoid(D(x) - D(G(z))), in pairs (Jolicoeur-Martineau 2019)."""
+  return jnp.mean(jax.nn.softplus(fake_logits - real_logits))
+
+
+def relativistic_g(real_logits, fake_logits):
+  """-log sigmoid(D(G(z)) - D(x)), in pairs."""
+  return jnp.mean(jax.nn.softplus(real_logits - fake_logits))
+
+
+ADVERSARIAL_LOSSES = {
+  "non_saturating": (non_saturating_d, non_saturating_g),
+  "hinge": (hinge_d, wasserstein_g),
+  "wasserstein": (wasserstein_d, wasserstein_g),
+  "rpgan": (relativistic_d, relativistic_g),
+}
+
+
+def balanced_consistency(logits, augmented_logits):
+  """mean((D(x) - D(T(x)))^2), of real or of fake images (Zhao et al. 2021)."""
+  return jnp.mean(jnp.square(logits - augmented_logits))
+
+
+def gradient_penalty(discriminate, images):
+  """0.5 * mean ||grad_x D(x)||^2 (Mescheder et al. 2018).
+
+  R1 on real images, R2 on generated ones.
+
+  Args:
+    discriminate: maps images [B, S, S, 3] to logits [B].
+    images: where the slope is taken.
+  """
+  gradients = jax.grad(lambda x: jnp.sum(discriminate(x)))(images)
+  return 0.5 * jnp.mean(jnp.sum(jnp.square(gradients), axis=(1, 2, 3)))
+
+
+def lecam(real_logits, fake_logits, logit_ema):
+  """E (D(x) - a_fake)^2 + E (D(G(z)) - a_real)^2 (Tseng et al. 2021, eq. 3).
+
+  Args:
+    real_logits: [B].
+    fake_logits: [B].
+    logit_ema: {"real": a_real, "fake": a_fake}, moving averages of the logits.
+  """
+  return jnp.mean(jnp.square(real_logits - logit_ema["fake"])) + jnp.mean(
+    jnp.square(fake_logits - logit_ema["real"])
+  )

@@ -1,0 +1,1 @@
+"""The networks of ViTGAN; nothing here knows of training or of data."""

@@ -1,0 +1,147 @@
+"""The ViTGAN generator: w-modulated transformer, implicit patch decoder."""
+
+from typing import Any
+
+from flax import linen as nn
+from jax import lax
+import jax.numpy as jnp
+
+from vitgan_jax.models.attention import TransformerBlock
+from vitgan_jax.models.layers import (
+  Dense,
+  LayerNorm,
+  SelfModulatedLayerNorm,
+  SineEmbedding,
+  leaky_relu,
+)
+from vitgan_jax.models.patch_decoder import (
+  ConvDecoder,
+  ImplicitDecoder,
+  LinearDecoder,
+)
+
+
+class MappingNetwork(nn.Module):
+  """z to w, both [B, latent_dim]: normalisation and an equalized MLP.
+
+  Every layer ends in a leaky ReLU with gain sqrt(2). Without the gain w shrinks
+  from layer to layer, the images hardly depend on z, and training ends at one
+  image for all latents.
+  """
+
+  depth: int
+  lr_multiplier: float
+
+  @nn.compact
+  def __call__(self, latents):
+    mean_square = jnp.mean(jnp.square(latents), axis=-1, keepdims=True)
+    w = latents * lax.rsqrt(mean_square + 1e-8)
+    for i in range(self.depth):
+      layer = Dense(
+        w.shape[-1], lr_multiplier=self.lr_multiplier, name=f"dense{i}"
+      )
+      w = leaky_relu(layer(w))
+    return w
+
+
+class Generator(nn.Module):
+  """ViT generator (ViTGAN, section 3.3), latents to images.
+
+  Attributes:
+    image_size: S, pixels along a side.
+    patch_size: P; divides S. The generator has (S / P)**2 tokens.
+    width: D, of the tokens.
+    depth: number of transformer blocks.
+    num_heads: attention heads; divides the width.
+    mlp_dim: hidden width of the blocks' MLPs.
+    latent_dim: of z and w.
+    mapping_depth: layers of the mapping network.
+    mapping_lr_multiplier: its relative learning rate.
+    latent_injection: where w enters: "sln" (self-modulated LayerNorm, ViTGAN),
+      "add" (to every position embedding) or "token" (prepended); the last two
+      are A and B of the paper's ablation and use plain LayerNorm.
+    attention: "dot" or "l2".
+    conv_qkv: whether query, key and value are 3x3 convolutions.
+    patch_decoder: "implicit" (modulated), "implicit_concat", "linear", "conv".
+    decoder_dim: hidden width of the patch decoder.
+    position_scale: see `layers.SineEmbedding.scale`, for the tokens.
+    fourier_scale: the same for the pixels of a patch.
+    dtype: of the computation; parameters and images are float32.
+  """
+
+  image_size: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  latent_dim: int
+  mapping_depth: int
+  mapping_lr_multiplier: float
+  latent_injection: str
+  attention: str
+  conv_qkv: bool
+  patch_decoder: str
+  decoder_dim: int
+  position_scale: float
+  fourier_scale: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, latents):
+    """Maps latents [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
+
+    The output is not squashed; it is clipped where an image is written.
+    """
+    batch = latents.shape[0]
+    grid = self.image_size // self.patch_size
+    w = MappingNetwork(
+      self.mapping_depth, self.mapping_lr_multiplier, name="mapping"
+    )(latents)
+    positions = SineEmbedding(
+      grid, self.width, self.position_scale, name="positions"
+    )()
+    h = jnp.broadcast_to(positions, (batch, *positions.shape))
+    if self.latent_injection == "sln":
+      norm, condition = SelfModulatedLayerNorm, (w,)
+    else:
+      norm, condition = LayerNorm, ()
+      token = Dense(self.width, name="latent_token")(w)[:, None, :]
+      if self.latent_injection == "add":
+        h = h + token
+      else:
+        h = jnp.concatenate([token, h], axis=1)
+    h = h.astype(self.dtype)
+    for i in range(self.depth):
+      h = TransformerBlock(
+        norm=norm,
+        mlp_dim=self.mlp_dim,
+        attention=dict(
+          num_heads=self.num_heads, kind=self.attention, conv=self.conv_qkv
+        ),
+        dtype=self.dtype,
+        name=f"block{i}",
+      )(h, *condition)
+    y = norm(self.dtype, name="norm_out")(h, *condition)
+    images = self._decode(y[:, -(grid**2) :], w)
+    return images.astype(jnp.float32)
+
+  def _decode(self, embeddings, w):
+    if self.patch_decoder == "linear":
+      decoder = LinearDecoder(self.patch_size, self.dtype, name="decoder")
+      return decoder(embeddings)
+    if self.patch_decoder == "conv":
+      decoder = ConvDecoder(
+        self.patch_size, self.decoder_dim, self.dtype, name="decoder"
+      )
+      return decoder(embeddings, w)
+    condition = {"implicit": "modulate", "implicit_concat": "concat"}
+    decoder = ImplicitDecoder(
+      self.patch_size,
+      self.decoder_dim,
+      self.fourier_scale,
+      condition[self.patch_decoder],
+      self.dtype,
+      name="decoder",
+    )
+    return decoder(embeddings)

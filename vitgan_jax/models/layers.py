@@ -1,0 +1,176 @@
+"""Equalized layers, self-modulated LayerNorm and sine position embedding.
+
+Parameters are stored as N(0, 1 / lr_multiplier) and scaled at run time, so
+that Adam moves every layer at the same relative rate (Karras et al. 2018).
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from vitgan_jax.models.spectral_norm import SpectralNorm
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+def leaky_relu(x):
+  """Leaky ReLU of slope 0.2 with the gain sqrt(2) that preserves the scale."""
+  return jax.nn.leaky_relu(x, 0.2) * 2.0**0.5
+
+
+class _Equalized(nn.Module):
+  """What dense and convolutional layers share: kernel, bias and their scales.
+
+  Attributes:
+    features: output channels.
+    use_bias: whether a bias is added.
+    bias_init: a number, or a sequence of `features` numbers.
+    gain: standard deviation of the output for input of unit variance.
+    lr_multiplier: how much slower than the rest of the network it learns.
+    spectral_norm: "isn", "sn" or "none".
+    dtype: of the computation; parameters are float32.
+  """
+
+  features: int
+  use_bias: bool = True
+  bias_init: Any = 0.0
+  gain: float = 1.0
+  lr_multiplier: float = 1.0
+  spectral_norm: str = "none"
+  dtype: Any = jnp.float32
+
+  def _kernel(self, shape):
+    init = nn.initializers.normal(1.0 / self.lr_multiplier)
+    kernel = self.param("kernel", init, shape, jnp.float32)
+    scale = self.gain * self.lr_multiplier / np.sqrt(np.prod(shape[:-1]))
+    kernel = SpectralNorm(self.spectral_norm, name="norm")(kernel * scale)
+    return kernel.astype(self.dtype)
+
+  def _add_bias(self, x):
+    if not self.use_bias:
+      return x
+
+    def init(unused_key, shape, dtype):
+      value = jnp.asarray(self.bias_init, dtype) / self.lr_multiplier
+      return jnp.broadcast_to(value, shape)
+
+    bias = self.param("bias", init, (self.features,), jnp.float32)
+    return x + (bias * self.lr_multiplier).astype(x.dtype)
+
+
+class Dense(_Equalized):
+  """A dense layer with equalized learning rate, [..., in] to [..., features]."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self._kernel((x.shape[-1], self.features))
+    # A matrix product with one batch dimension: the weight gradient of the
+    # [B, N, D] form runs at half the speed on a CPU.
+    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+    return self._add_bias(y).reshape(*x.shape[:-1], self.features)
+
+
+class TokenConv(_Equalized):
+  """A 3x3 convolution over a square grid of tokens.
+
+  [B, N, in] to [B, N, features], or [B, 1 + N, ...] where a class or latent
+  token comes first. That token has no neighbours, so the kernel's centre alone
+  acts on it. The spectral norm is that of the [9 * in, features] matrix.
+  """
+
+  @nn.compact
+  def __call__(self, x):
+    batch, num_tokens, width = x.shape
+    grid = int(np.sqrt(num_tokens))  # a leading token does not change the floor
+    kernel = self._kernel((3, 3, width, self.features))
+    extra, patches = jnp.split(
+      x.astype(self.dtype), [num_tokens - grid**2], axis=1
+    )
+    patches = conv3x3(patches.reshape(batch, grid, grid, width), kernel)
+    patches = patches.reshape(batch, grid**2, self.features)
+    return self._add_bias(
+      jnp.concatenate([extra @ kernel[1, 1], patches], axis=1)
+    )
+
+
+def conv3x3(x, kernel):
+  """Convolves [B, H, W, in] with [3, 3, in, out], zero-padded."""
+  return lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm with float32 statistics, [..., D] to [..., D]."""
+
+  dtype: Any = jnp.float32
+  affine: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.LayerNorm(
+      LAYER_NORM_EPSILON,
+      dtype=self.dtype,
+      use_bias=self.affine,
+      use_scale=self.affine,
+      name="norm",
+    )(x)
+
+
+class SelfModulatedLayerNorm(nn.Module):
+  """SLN(h, w) = gamma(w) * (h - mean) / std + beta(w) (ViTGAN, equation 17).
+
+  gamma and beta are affine maps of w; their biases start at 1 and 0.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, h, w):
+    """Maps h [B, N, D] and w [B, W] to [B, N, D]."""
+    width = h.shape[-1]
+    modulation = Dense(
+      2 * width,
+      bias_init=np.repeat([1.0, 0.0], width),
+      dtype=self.dtype,
+      name="modulation",
+    )(w)
+    gamma, beta = jnp.split(modulation[:, None, :], 2, axis=-1)
+    return gamma * LayerNorm(self.dtype, affine=False, name="norm")(h) + beta
+
+
+class SineEmbedding(nn.Module):
+  """sin(M c) of the cell centres c of a square grid over [-1, 1]^2, M learned.
+
+  Serves as the position embedding of the tokens and as the Fourier features
+  of the pixels in a patch (ViTGAN, section 3.3).
+
+  Attributes:
+    grid_size: cells along one side.
+    features: length of each embedding.
+    scale: standard deviation of the frequencies in M at init, radians per
+      unit; half the grid is one unit.
+  """
+
+  grid_size: int
+  features: int
+  scale: float
+
+  @nn.compact
+  def __call__(self):
+    """Returns [grid_size**2, features] in row-major order, float32."""
+    frequencies = self.param(
+      "frequencies", nn.initializers.normal(1.0), (2, self.features)
+    )
+    return jnp.sin(cell_centres(self.grid_size) @ (self.scale * frequencies))
+
+
+def cell_centres(grid_size):
+  """Returns the (y, x) centres [grid_size**2, 2] of a grid over [-1, 1]^2."""
+  axis = (2.0 * np.arange(grid_size) + 1.0) / grid_size - 1.0
+  grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+  return grid.reshape(-1, 2).astype(np.float32)
