@@ -88,4 +88,38 @@ def get_config():
   config.num_sample_images = 64  # on the grids of the training run
   config.checkpoint_every_kimg = 1_000.0
   config.keep_checkpoints = 3
+  # Locked: a misspelt field is an error, here as on the command line.
+  return config.lock()
+
+
+def apply_argument(config, arg):
+  """Returns the config as `--config=FILE.py:arg` asks for it.
+
+  Args:
+    config: of an experiment.
+    arg: "" for the experiment itself, or "smoke": the same model and data in a
+      size that trains, samples and saves within seconds.
+
+  Raises:
+    ValueError: for any other argument.
+  """
+  if arg == "":
+    return config
+  if arg != "smoke":
+    raise ValueError(f"config argument {arg!r}: only 'smoke' is known")
+  config.batch_size = 8
+  config.steps_per_call = 2
+  config.total_kimg = 0.064
+  for network in (config.generator, config.discriminator):
+    network.width = 32
+    network.depth = 1
+    network.num_heads = 2
+    network.mlp_dim = 64
+  config.generator.latent_dim = 32
+  config.generator.mapping_depth = 2
+  config.generator.decoder_dim = 32
+  config.log_every_kimg = 0.016
+  config.sample_every_kimg = 0.032
+  config.num_sample_images = 16
+  config.checkpoint_every_kimg = 0.032
   return config

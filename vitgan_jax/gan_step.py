@@ -12,8 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from vitgan_jax import losses
-from vitgan_jax import partitioning
+from vitgan_jax import losses, partitioning
 from vitgan_jax import train_state as train_state_lib
 from vitgan_jax.diff_augment import augment
 

@@ -1,0 +1,203 @@
+"""Tests of the equalized layers, the norms and the sine embedding."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.testing import assert_allclose
+import optax
+import pytest
+
+from vitgan_jax.models.layers import (
+  Dense,
+  LayerNorm,
+  SelfModulatedLayerNorm,
+  SineEmbedding,
+  TokenConv,
+  cell_centres,
+  leaky_relu,
+)
+
+
+def normal(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape).astype(np.float32)
+
+
+def init_params(module, *args):
+  """Returns parameters with noise on all, also on those that start at zero."""
+  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
+  return jax.tree.map(lambda p: np.asarray(p) + normal(*p.shape), params)
+
+
+def apply(module, params, *args):
+  return jax.jit(module.apply)({"params": params}, *args)
+
+
+def effective_kernel(layer, params):
+  """Returns the matrix by which a dense layer acts on its input."""
+  identity = np.eye(params["kernel"].shape[0], dtype=np.float32)
+  return apply(layer, params, identity) - apply(layer, params, 0 * identity)
+
+
+def test_leaky_relu_has_slope_0_2_and_gain_sqrt_2():
+  x = np.array([-2.0, -1.0, 0.0, 3.0])
+  expected = np.sqrt(2.0) * np.array([-0.4, -0.2, 0.0, 3.0])
+  assert_allclose(leaky_relu(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lr_multiplier", [1.0, 0.01])
+@pytest.mark.parametrize("gain", [1.0, 0.4])
+def test_dense_scales_its_parameters_at_run_time(gain, lr_multiplier):
+  layer = Dense(5, gain=gain, lr_multiplier=lr_multiplier)
+  x = normal(2, 3, 7)
+  params = init_params(layer, x)
+  kernel = params["kernel"] * gain * lr_multiplier / np.sqrt(7)
+  expected = x @ kernel + params["bias"] * lr_multiplier
+  assert_allclose(apply(layer, params, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lr_multiplier", [1.0, 0.01])
+def test_kernels_are_stored_with_the_inverse_multiplier_as_std(lr_multiplier):
+  layer = Dense(300, gain=0.5, lr_multiplier=lr_multiplier)
+  params = layer.init(jax.random.key(0), np.zeros((1, 200)))["params"]
+  # The standard error of a standard deviation over n numbers is its 1 /
+  # sqrt(2 n), here 0.3 %; the tolerance is four of them.
+  rtol = 4.0 / np.sqrt(2 * 200 * 300)
+  assert_allclose(params["kernel"].std(), 1.0 / lr_multiplier, rtol=rtol)
+  kernel = effective_kernel(layer, params)
+  assert_allclose(kernel.std(), 0.5 / np.sqrt(200), rtol=rtol)
+
+
+@pytest.mark.parametrize("lr_multiplier", [1.0, 0.01])
+def test_bias_starts_at_bias_init(lr_multiplier):
+  bias = [1.0, 0.0, -2.0]
+  layer = Dense(3, bias_init=bias, lr_multiplier=lr_multiplier)
+  y, _ = layer.init_with_output(jax.random.key(0), np.zeros((1, 4)))
+  assert_allclose(y, [bias], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fan_in", [16, 64])
+@pytest.mark.parametrize("lr_multiplier", [1.0, 0.1])
+def test_first_adam_step_moves_the_layer_by_its_multiplier(
+  lr_multiplier, fan_in
+):
+  layer = Dense(4, lr_multiplier=lr_multiplier)
+  x, learning_rate = normal(8, fan_in), 0.01
+  params = layer.init(jax.random.key(0), x)["params"]
+  gradients = jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, x) ** 2))(
+    params
+  )
+  optimizer = optax.adam(learning_rate)
+  updates, _ = optimizer.update(gradients, optimizer.init(params))
+  new_params = optax.apply_updates(params, updates)
+  step = effective_kernel(layer, new_params) - effective_kernel(layer, params)
+  expected = learning_rate * lr_multiplier / np.sqrt(fan_in)
+  # Float32 rounds the stored kernel, whose size is 1 / lr_multiplier.
+  assert_allclose(np.abs(step), expected, rtol=2e-3)
+
+
+def test_layer_without_bias_has_none():
+  params = Dense(3, use_bias=False).init(jax.random.key(0), np.zeros((1, 4)))
+  assert set(params["params"]) == {"kernel"}
+
+
+def convolve(x, kernel):
+  """Returns the 3x3 convolution of a token grid [B, G, G, in], by loops."""
+  grid = x.shape[1]
+  y = np.zeros((*x.shape[:3], kernel.shape[-1]))
+  for i, j, di, dj in itertools.product(
+    range(grid), range(grid), *[[0, 1, 2]] * 2
+  ):
+    source = i + di - 1, j + dj - 1
+    if min(source) >= 0 and max(source) < grid:
+      y[:, i, j] += x[:, *source] @ kernel[di, dj]
+  return y
+
+
+@pytest.mark.parametrize("num_extra", [0, 1])
+def test_token_conv_matches_loops(num_extra):
+  grid, width = 4, 5
+  x = normal(2, num_extra + grid**2, width)
+  layer = TokenConv(3, gain=0.7)
+  params = init_params(layer, x)
+  kernel = 0.7 / np.sqrt(9 * width) * params["kernel"]
+  patches = convolve(x[:, num_extra:].reshape(2, grid, grid, width), kernel)
+  expected = np.concatenate(
+    [x[:, :num_extra] @ kernel[1, 1], patches.reshape(2, grid**2, 3)], axis=1
+  )
+  expected += params["bias"]
+  assert_allclose(apply(layer, params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def standardise(x):
+  return (x - x.mean(-1, keepdims=True)) / np.sqrt(
+    x.var(-1, keepdims=True) + 1e-6
+  )
+
+
+def test_layer_norm_matches_numpy():
+  x = 3.0 + 2.0 * normal(2, 5, 8)
+  params = init_params(LayerNorm(), x)
+  scale, bias = params["norm"]["scale"], params["norm"]["bias"]
+  expected = standardise(x) * scale + bias
+  assert_allclose(apply(LayerNorm(), params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_has_float32_statistics_under_bfloat16():
+  x = jnp.asarray(30.0 + normal(4, 256), jnp.bfloat16)
+  y = LayerNorm(jnp.bfloat16, affine=False).apply({}, x)
+  assert y.dtype == jnp.bfloat16
+  expected = standardise(np.asarray(x, np.float64))
+  # One rounding to eight bits; statistics in bfloat16 would be off by 0.1.
+  assert_allclose(y.astype(np.float32), expected, rtol=2.0**-8, atol=1e-4)
+
+
+def test_self_modulated_layer_norm_matches_numpy():
+  h, w = 3.0 + 2.0 * normal(2, 5, 8), normal(2, 6, seed=1)
+  params = init_params(SelfModulatedLayerNorm(), h, w)
+  dense = params["modulation"]
+  gamma, beta = np.split(
+    w @ dense["kernel"] / np.sqrt(6) + dense["bias"], 2, axis=-1
+  )
+  expected = gamma[:, None] * standardise(h) + beta[:, None]
+  y = apply(SelfModulatedLayerNorm(), params, h, w)
+  assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gamma_starts_around_one_and_beta_around_zero():
+  width, w = 256, normal(64, 32)
+  h = np.tile(np.float32([1.0, -1.0]), width // 2)  # mean 0, std 1
+  h = np.broadcast_to(h, (64, 1, width))
+  norm = SelfModulatedLayerNorm()
+  params = jax.jit(norm.init)(jax.random.key(0), h, w)["params"]
+  plus, minus = apply(norm, params, h, w), apply(norm, params, -h, w)
+  # Means over 64 x 256 numbers of variance 1, 256 of them independent for a w.
+  assert_allclose(np.mean((plus - minus) / 2 * h), 1.0, atol=0.05)
+  assert_allclose(np.mean((plus + minus) / 2), 0.0, atol=0.05)
+
+
+def test_cell_centres_are_row_major_and_span_minus_one_to_one():
+  expected = [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]
+  assert_allclose(cell_centres(2), expected)
+  assert_allclose(
+    cell_centres(8)[[0, 7, 63]],
+    [[-7 / 8, -7 / 8], [-7 / 8, 7 / 8], [7 / 8, 7 / 8]],
+  )
+
+
+def test_sine_embedding_matches_numpy():
+  module = SineEmbedding(grid_size=3, features=4, scale=2.5)
+  params = init_params(module)
+  embedding = apply(module, params)
+  for i, j in np.ndindex(3, 3):
+    centre = np.array([(2 * i + 1) / 3 - 1, (2 * j + 1) / 3 - 1])
+    expected = np.sin(2.5 * centre @ params["frequencies"])
+    assert_allclose(embedding[3 * i + j], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sine_embedding_frequencies_are_stored_with_std_one():
+  module = SineEmbedding(grid_size=2, features=5000, scale=2.5)
+  frequencies = module.init(jax.random.key(0))["params"]["frequencies"]
+  assert_allclose(frequencies.std(), 1.0, rtol=4.0 / np.sqrt(2 * 10_000))

@@ -1,0 +1,85 @@
+"""Configurations, images and pytree helpers small enough for a test."""
+
+import jax
+import numpy as np
+
+from configs import common
+
+NO_AUGMENTATION = {
+  f"augment.{name}": 0.0
+  for name in (
+    "brightness",
+    "saturation",
+    "contrast",
+    "translation",
+    "scaling",
+    "cutout",
+  )
+}
+
+
+def tiny_config(overrides=(), **more_overrides):
+  """Returns the default config at toy size.
+
+  Args:
+    overrides: values by dotted name, `{"loss.r1_gamma": 1.0}`.
+    **more_overrides: of fields at the top, `dtype="bfloat16"`.
+  """
+  config = common.get_config()
+  config.batch_size = 8
+  config.total_kimg = 0.064
+  config.steps_per_call = 2
+  config.data.image_size = 8
+  for network in (config.generator, config.discriminator):
+    network.update(width=16, depth=1, num_heads=2, mlp_dim=32)
+  config.generator.update(latent_dim=16, mapping_depth=2, decoder_dim=16)
+  config.update_from_flattened_dict({**dict(overrides), **more_overrides})
+  return config.lock()
+
+
+def random_images(config, *leading, seed=0):
+  """Returns uint8 images [*leading, B, S, S, 3]."""
+  size = config.data.image_size
+  shape = (*leading, config.batch_size, size, size, 3)
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def leaves_by_name(tree):
+  """Returns {"block0/attention/out/kernel": leaf, ...}."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def to_host(tree):
+  """Copies a pytree to numpy arrays, typed random keys as their data."""
+  return jax.tree.map(lambda x: np.array(_without_key_type(x)), tree)
+
+
+def from_host(tree, like):
+  """Inverse of `to_host`: new device arrays, typed as those of `like`."""
+
+  def restore(host, leaf):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(host)
+    return jax.numpy.array(host)
+
+  return jax.tree.map(restore, tree, like)
+
+
+def assert_bit_equal(actual, expected):
+  """Asserts that two pytrees have equal names, types and bits."""
+  actual, expected = (
+    leaves_by_name(to_host(tree)) for tree in (actual, expected)
+  )
+  assert actual.keys() == expected.keys()
+  for name, leaf in expected.items():
+    assert actual[name].dtype == leaf.dtype, name
+    np.testing.assert_array_equal(actual[name], leaf, err_msg=name)
+
+
+def _without_key_type(x):
+  if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.key_data(x)
+  return x

@@ -1,0 +1,174 @@
+"""Checks, names, saves and loads a run's config."""
+
+import json
+import pathlib
+
+import ml_collections
+
+from vitgan_jax.losses import ADVERSARIAL_LOSSES
+
+# What the same run may be given anew when it resumes.
+_MAY_CHANGE = (
+  "total_kimg",
+  "log_every_kimg",
+  "sample_every_kimg",
+  "num_sample_images",
+  "checkpoint_every_kimg",
+  "keep_checkpoints",
+  "data.data_dir",
+)
+
+_CHOICES = {
+  "dtype": ("float32", "bfloat16"),
+  "generator.latent_injection": ("sln", "add", "token"),
+  "generator.attention": ("dot", "l2"),
+  "generator.patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
+  "discriminator.attention": ("l2", "dot"),
+  "discriminator.spectral_norm": ("isn", "sn", "none"),
+  "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
+}
+
+_POSITIVE = (
+  "batch_size",
+  "total_kimg",
+  "steps_per_call",
+  "data.image_size",
+  *(
+    f"{network}.{field}"
+    for network in ("generator", "discriminator")
+    for field in ("patch_size", "width", "depth", "num_heads", "mlp_dim")
+  ),
+  "generator.latent_dim",
+  "generator.mapping_lr_multiplier",
+  "generator.decoder_dim",
+  "discriminator.qk_gain",
+  "optimizer.g_learning_rate",
+  "optimizer.d_learning_rate",
+  "loss.gradient_penalty_every",
+  "ema.half_life_kimg",
+  "log_every_kimg",
+  "sample_every_kimg",
+  "num_sample_images",
+  "checkpoint_every_kimg",
+  "keep_checkpoints",
+)
+
+_SHARES = (
+  "augment.probability",
+  "augment.translation",
+  "augment.cutout",
+  "optimizer.b1",
+  "optimizer.b2",
+)
+
+
+class ConfigError(ValueError):
+  """Something that the user can put right; shown as one line."""
+
+
+def validate(config):
+  """Checks the values of a config.
+
+  Raises:
+    ConfigError: says which field is wrong, and what is allowed.
+  """
+  values = flatten(config)
+  for field, choices in _CHOICES.items():
+    if values[field] not in choices:
+      raise ConfigError(
+        f"config.{field}={values[field]!r} must be one of {', '.join(choices)}"
+      )
+  for field in _POSITIVE:
+    if not values[field] > 0:
+      raise ConfigError(f"config.{field}={values[field]} must be positive")
+  for field in _SHARES:
+    if not 0 <= values[field] <= 1:
+      raise ConfigError(f"config.{field}={values[field]} must be in [0, 1]")
+  size = config.data.image_size
+  for name in ("generator", "discriminator"):
+    network = config[name]
+    if size % network.patch_size:
+      raise ConfigError(
+        f"config.{name}.patch_size={network.patch_size} must divide "
+        f"config.data.image_size={size}"
+      )
+    if network.width % network.num_heads:
+      raise ConfigError(
+        f"config.{name}.num_heads={network.num_heads} must divide "
+        f"config.{name}.width={network.width}"
+      )
+  if config.discriminator.overlap < 0:
+    raise ConfigError(
+      f"config.discriminator.overlap={config.discriminator.overlap} must not "
+      "be negative"
+    )
+  patch_size = config.generator.patch_size
+  is_power_of_two = patch_size & (patch_size - 1) == 0
+  if config.generator.patch_decoder == "conv" and not is_power_of_two:
+    raise ConfigError(
+      f"config.generator.patch_size={patch_size} must be a power of two for "
+      "patch_decoder='conv', which doubles the resolution"
+    )
+
+
+def flatten(config):
+  """Returns a dict from dotted field names to values."""
+  values = {}
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      values.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+    else:
+      values[key] = value
+  return values
+
+
+def total_steps(config):
+  """Returns the training steps of a run: `total_kimg`, rounded up to calls."""
+  images_per_call = config.batch_size * config.steps_per_call
+  calls = -(-int(config.total_kimg * 1000) // images_per_call)
+  return calls * config.steps_per_call
+
+
+def config_path(workdir):
+  """Returns where a workdir keeps its config."""
+  return pathlib.Path(workdir) / "config.json"
+
+
+def load(workdir):
+  """Returns the config that made a workdir.
+
+  Raises:
+    ConfigError: if the folder has none.
+  """
+  path = config_path(workdir)
+  if not path.exists():
+    raise ConfigError(
+      f"{workdir} is not a workdir of a run: it has no {path.name}. Give the "
+      "folder of a training run as --workdir"
+    )
+  return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+
+
+def claim_workdir(config, workdir):
+  """Writes the config into a new workdir, or checks it against the one there.
+
+  Raises:
+    ConfigError: if another config made the workdir; nothing is written then.
+  """
+  path = config_path(workdir)
+  if path.exists():
+    old, new = flatten(load(workdir)), flatten(config)
+    differences = [
+      f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
+      for field in sorted(old.keys() | new.keys())
+      if old.get(field) != new.get(field) and field not in _MAY_CHANGE
+    ]
+    if differences:
+      raise ConfigError(
+        f"{workdir} was made by another config: {'; '.join(differences)}. "
+        "Choose another --workdir, or give the old values to resume"
+      )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
+  partial.replace(path)

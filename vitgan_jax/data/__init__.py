@@ -1,0 +1,1 @@
+"""From a dataset's images to shuffled uint8 batches."""

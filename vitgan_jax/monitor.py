@@ -1,0 +1,123 @@
+"""What a training run shows: progress line, scalars, sample grids."""
+
+import datetime
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+
+from vitgan_jax import sample as sample_lib
+from vitgan_jax.diagnostics import make_diagnostics
+
+SAMPLE_SEED = 0  # the grids of a run show the same latents from first to last
+
+
+class Progress:
+  """Measures the rate and prints the progress line."""
+
+  def __init__(self, config, first_step, total_steps):
+    """Starts without a clock: the first call compiles, and does not count."""
+    self._config = config
+    self._total_steps = total_steps
+    self._last = (first_step, None)
+
+  def report(self, step, metrics):
+    """Prints a line; returns {"images_per_sec"} and kimg as metrics."""
+    batch_size = self._config.batch_size
+    now = time.monotonic()
+    last_step, last_time = self._last
+    self._last = (step, now)
+    result = {"kimg": step * batch_size / 1000}
+    line = f"{result['kimg']:.6g}/{self._config.total_kimg:g} kimg"
+    if last_time is not None and step > last_step:
+      rate = (step - last_step) / (now - last_time)
+      seconds = round((self._total_steps - step) / rate)
+      result["images_per_sec"] = rate * batch_size
+      line += (
+        f"  {rate * batch_size:.0f} images/s  "
+        f"ETA {datetime.timedelta(seconds=seconds)}"
+      )
+    line += "".join(f"  {k} {v:.3f}" for k, v in sorted(metrics.items()))
+    if jax.process_index() == 0:
+      print(line, flush=True)
+    return result
+
+
+class MetricWriter:
+  """Scalars to TensorBoard and, a line at a time, to metrics.jsonl."""
+
+  def __init__(self, workdir):
+    """Opens the files; all but the first process write nothing."""
+    self._workdir = pathlib.Path(workdir)
+    self._writer = None
+    if jax.process_index() == 0:
+      # Late: it imports TensorFlow.
+      from clu import metric_writers
+
+      self._writer = metric_writers.AsyncWriter(
+        metric_writers.SummaryWriter(str(workdir))
+      )
+
+  def write(self, step, scalars, images=None):
+    """Writes a dict of scalars and a dict of images, uint8 [1, H, W, 3]."""
+    if self._writer:
+      self._writer.write_scalars(step, scalars)
+      with open(self._workdir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **scalars}) + "\n")
+      if images:
+        self._writer.write_images(step, images)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused_exception):
+    if self._writer:
+      self._writer.flush()
+      self._writer.close()
+
+
+class SampleWriter:
+  """Draws the same latents again and again, and measures the diagnostics."""
+
+  def __init__(self, config, workdir, mesh, images, writer):
+    """Makes the folder `samples` in the workdir.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      mesh: the devices to sample on.
+      images: uint8 [num_images, S, S, 3], of which the first are looked at.
+      writer: a MetricWriter.
+    """
+    self.latest = pathlib.Path(workdir) / "grid.png"
+    self._folder = pathlib.Path(workdir) / "samples"
+    self._folder.mkdir(exist_ok=True)
+    self._count = config.num_sample_images
+    self._sampler = sample_lib.make_sampler(config, mesh)
+    self._diagnostics = make_diagnostics(config)
+    self._real_images = images[:64]
+    self._latents = jax.random.normal(
+      jax.random.key(SAMPLE_SEED), (64, config.generator.latent_dim)
+    )
+    self._writer = writer
+
+  def write(self, step, state):
+    """Writes samples/<step>.png, grid.png, and the same to TensorBoard."""
+    # All processes take part in drawing; one writes.
+    batches = sample_lib.sample_images(
+      self._sampler, state.g_ema_params, SAMPLE_SEED, self._count
+    )
+    grid = sample_lib.image_grid(np.concatenate(list(batches)))
+    scalars = self._diagnostics(state, self._real_images, self._latents)
+    if jax.process_index() == 0:
+      path = self._folder / f"{step:08d}.png"
+      sample_lib.write_png(path, grid, min_side=512)
+      shutil.copyfile(path, self.latest)
+    self._writer.write(
+      step,
+      {key: float(value) for key, value in scalars.items()},
+      {"samples": grid[None]},
+    )

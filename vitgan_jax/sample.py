@@ -1,0 +1,123 @@
+"""Images from a trained generator: batches, grids and folders of PNGs.
+
+Samples always come from the moving average of the generator.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vitgan_jax import checkpoint, partitioning
+from vitgan_jax import config as config_lib
+from vitgan_jax.train_state import build_models
+
+BATCH_SIZE = 64  # per device
+
+
+def make_sampler(config, mesh):
+  """Returns `sampler(g_params, seed, start)`, which draws one batch.
+
+  Sample i of a seed is the same image whatever batch it is drawn in. A batch
+  is uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
+  """
+  generator, _ = build_models(config)
+  batch_size = BATCH_SIZE * mesh.size
+
+  def sampler(g_params, seed, start):
+    key = jax.random.key(seed)
+    latents = jax.vmap(
+      lambda i: jax.random.normal(
+        jax.random.fold_in(key, i), (config.generator.latent_dim,)
+      )
+    )(start + jnp.arange(batch_size))
+    latents = jax.lax.with_sharding_constraint(
+      latents, partitioning.batch_sharding(mesh)
+    )
+    return to_uint8(generator.apply({"params": g_params}, latents))
+
+  return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
+
+
+def sample_images(sampler, g_params, seed, num_samples):
+  """Yields the samples 0 to num_samples - 1 of a seed, in batches.
+
+  Args:
+    sampler: of `make_sampler`.
+    g_params: of the generator.
+    seed: of the latents.
+    num_samples: how many; the last batch is drawn whole and cut, so that
+      nothing is compiled for it.
+
+  Yields:
+    uint8 numpy arrays [n, S, S, 3].
+  """
+  start = 0
+  while start < num_samples:
+    batch = np.asarray(sampler(g_params, seed, start))[: num_samples - start]
+    yield batch
+    start += len(batch)
+
+
+def to_uint8(images):
+  """Clips images in [-1, 1] and rounds them to uint8."""
+  return jnp.rint((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def image_grid(images):
+  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows."""
+  num_images, size, _, channels = images.shape
+  columns = int(np.ceil(np.sqrt(num_images)))
+  rows = -(-num_images // columns)
+  grid = np.zeros((rows * columns, size, size, channels), images.dtype)
+  grid[:num_images] = images
+  grid = grid.reshape(rows, columns, size, size, channels).swapaxes(1, 2)
+  return grid.reshape(rows * size, columns * size, channels)
+
+
+def write_png(path, image, min_side=0):
+  """Writes a uint8 image [H, W, 3]; enlarges it by whole pixels to min_side."""
+  factor = max(1, -(-min_side // min(image.shape[:2])))
+  image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+  Image.fromarray(image).save(path)
+
+
+def sample(workdir, num_samples, seed, output):
+  """Writes `grid.png` and `000000.png`, ... from a workdir's last checkpoint.
+
+  Args:
+    workdir: of a training run.
+    num_samples: how many images; the first 64 of them are on the grid.
+    seed: of the latents; the same seed gives the same images.
+    output: a new or empty folder.
+
+  Raises:
+    ConfigError: if there is no checkpoint, or the output folder is not empty.
+  """
+  output = pathlib.Path(output)
+  if num_samples < 1:
+    raise config_lib.ConfigError(f"--num_samples={num_samples}: at least 1")
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise config_lib.ConfigError(
+      f"--output={output} is there and not empty; choose a new folder"
+    )
+  config = config_lib.load(workdir)
+  mesh = partitioning.create_mesh()
+  with checkpoint.create_manager(workdir) as manager:
+    state = checkpoint.restore(manager, config, partitioning.replicated(mesh))
+  output.mkdir(parents=True, exist_ok=True)
+  sampler = make_sampler(config, mesh)
+  batches = sample_images(sampler, state.g_ema_params, seed, num_samples)
+  first = []
+  with tqdm(total=num_samples, desc="Sampling", unit=" images") as progress:
+    for batch in batches:
+      for image in batch:
+        write_png(output / f"{progress.n:06d}.png", image)
+        if len(first) < 64:
+          first.append(image)
+        progress.update()
+  write_png(output / "grid.png", image_grid(np.stack(first)), min_side=512)
+  print(f"{num_samples} samples of step {int(state.step)} are in {output}")

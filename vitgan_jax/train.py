@@ -1,0 +1,177 @@
+"""The training loop: reads batches, runs steps, and keeps what they made."""
+
+import contextlib
+import signal
+
+from clu import parameter_overview
+import jax
+import numpy as np
+
+from vitgan_jax import checkpoint, partitioning
+from vitgan_jax import config as config_lib
+from vitgan_jax.data import pipeline
+from vitgan_jax.gan_step import make_train_steps
+from vitgan_jax.monitor import MetricWriter, Progress, SampleWriter
+from vitgan_jax.train_state import create_train_state
+
+
+class TrainingDivergedError(RuntimeError):
+  """A loss is not a finite number."""
+
+
+def train_and_evaluate(config, workdir):
+  """Trains a model, or goes on from the last checkpoint in the workdir.
+
+  Writes into the workdir: config.json, checkpoints/, samples/*.png, a line of
+  scalars a log in metrics.jsonl, and TensorBoard events.
+
+  Args:
+    config: of `configs/`.
+    workdir: folder of the run.
+
+  Returns:
+    The last GANState.
+
+  Raises:
+    ConfigError: if the config, the data or the workdir cannot be used.
+    TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
+  """
+  config_lib.validate(config)
+  mesh = partitioning.create_mesh()
+  if config.batch_size % mesh.size:
+    raise config_lib.ConfigError(
+      f"config.batch_size={config.batch_size} must be a multiple of the "
+      f"{mesh.size} devices"
+    )
+  images = pipeline.load_images(config.data)
+  config_lib.claim_workdir(config, workdir)
+  batches = pipeline.ShuffledBatches(
+    images,
+    config.batch_size,
+    config.seed,
+    jax.process_index(),
+    jax.process_count(),
+  )
+  is_first_process = jax.process_index() == 0
+  replicated = partitioning.replicated(mesh)
+  with contextlib.ExitStack() as stack:
+    manager = stack.enter_context(
+      checkpoint.create_manager(workdir, config.keep_checkpoints)
+    )
+    if manager.latest_step() is None:
+      init = jax.jit(
+        lambda: create_train_state(config), out_shardings=replicated
+      )
+      state = init()
+    else:
+      state = checkpoint.restore(manager, config, replicated)
+    first_step = int(state.step)
+    if is_first_process:
+      _print_overview(config, workdir, state, images, mesh, first_step)
+    writer = stack.enter_context(MetricWriter(workdir))
+    samples = SampleWriter(config, workdir, mesh, images, writer)
+    train_steps = make_train_steps(config, mesh)
+    stop = stack.enter_context(_StopSignal())
+    total_steps = config_lib.total_steps(config)
+    progress = Progress(config, first_step, total_steps)
+    pending = None  # metrics of the last call: fetched while the next one runs
+    for step in range(first_step, total_steps, config.steps_per_call):
+      local = np.stack(
+        [batches[step + i] for i in range(config.steps_per_call)]
+      )
+      state, metrics = train_steps(
+        state, partitioning.global_batch(mesh, local, axis=1)
+      )
+      if pending:
+        _finish_call(config, progress, writer, *pending)
+      step += config.steps_per_call
+      pending = (step, metrics)
+      last = step >= total_steps or stop.requested
+      if last or _passes(config, step, config.sample_every_kimg):
+        samples.write(step, state)
+      if last or _passes(config, step, config.checkpoint_every_kimg):
+        _check_finite(step, metrics)  # a checkpoint must be worth resuming
+        checkpoint.save(manager, state)
+      if stop.requested:
+        break
+    if pending:
+      _finish_call(config, progress, writer, *pending, last=True)
+  if is_first_process:
+    if int(state.step) < total_steps:
+      print("Stopped. The same command goes on from here.")
+    else:
+      print(f"Done. The last samples are in {samples.latest}")
+  return state
+
+
+def _passes(config, step, every_kimg):
+  """Says whether the call that ended at `step` passed a multiple of kimg."""
+  images = step * config.batch_size
+  before = images - config.steps_per_call * config.batch_size
+  every = every_kimg * 1000
+  return images // every > before // every
+
+
+def _finish_call(config, progress, writer, step, metrics, last=False):
+  """Checks one call's metrics; logs them where it is time to."""
+  metrics = _check_finite(step, metrics)
+  if last or _passes(config, step, config.log_every_kimg):
+    metrics |= progress.report(step, metrics)
+    writer.write(step, metrics)
+
+
+def _check_finite(step, metrics):
+  """Returns the metrics as floats.
+
+  Raises:
+    TrainingDivergedError: if one is not finite.
+  """
+  metrics = {key: float(value) for key, value in metrics.items()}
+  for key, value in metrics.items():
+    if not np.isfinite(value):
+      raise TrainingDivergedError(
+        f"{key} is {value} before step {step}. Lower the learning rates, or "
+        "look at the last scalars; the last checkpoint is from before this"
+      )
+  return metrics
+
+
+def _print_overview(config, workdir, state, images, mesh, first_step):
+  for name, params in (
+    ("Generator", state.g_params),
+    ("Discriminator", state.d_params),
+  ):
+    print(f"{name}:")
+    print(
+      parameter_overview.get_parameter_overview(params, include_stats=False)
+    )
+  begin = f"Resuming at step {first_step}" if first_step else "Starting"
+  print(
+    f"{begin}: {len(images):,} images of {config.data.dataset} at "
+    f"{config.data.image_size} px, batch {config.batch_size} on {mesh.size} "
+    f"{jax.devices()[0].platform} device(s), workdir {workdir}",
+    flush=True,
+  )
+
+
+class _StopSignal:
+  """Turns the first SIGINT or SIGTERM into a request to save and stop."""
+
+  def __init__(self):
+    self.requested = False
+
+  def _request(self, signum, unused_frame):
+    self.requested = True
+    print(f"{signal.Signals(signum).name}: saving, then stopping", flush=True)
+    signal.signal(signum, self._before[signum])  # the second one is final
+
+  def __enter__(self):
+    self._before = {
+      signum: signal.signal(signum, self._request)
+      for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def __exit__(self, *unused_exception):
+    for signum, handler in self._before.items():
+      signal.signal(signum, handler)
