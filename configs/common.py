@@ -1,7 +1,7 @@
 """Defaults of every experiment: the paper's, at its smallest image size.
 
 An experiment's `get_config(arg)` starts from `get_config()` here and changes
-what is its own. `--config=configs/NAME.py:smoke` shrinks any of them to seconds.
+what is its own. `--config=configs/NAME.py:smoke` shrinks it to seconds.
 """
 
 import ml_collections

@@ -204,7 +204,7 @@ class ShuffledBatches:
     return self._images[self.indices(step)]
 
 
-def class_labels(data: ConfigDict):
+def load_labels(data: ConfigDict):
   """Returns the labels [num_images] of a prepared split, in its order."""
   builder, _ = _build(data)
   import tensorflow_datasets as tfds

@@ -43,7 +43,7 @@ def relative_entropy(weights):
 
 
 class MultiHeadAttention(nn.Module):
-  """Multi-head self-attention, [B, N, D] to [B, N, D].
+  """Multi-head self-attention.
 
   With "l2" one projection serves as query and key: only tied weights make L2
   attention Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
@@ -67,6 +67,7 @@ class MultiHeadAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x):
+    """Maps [B, N, D] to [B, N, D]."""
     batch, num_tokens, width = x.shape
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
 

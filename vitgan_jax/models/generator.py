@@ -22,7 +22,7 @@ from vitgan_jax.models.patch_decoder import (
 
 
 class MappingNetwork(nn.Module):
-  """z to w, both [B, latent_dim]: normalisation and an equalized MLP.
+  """Normalises z and maps it to w by an MLP with equalized learning rate.
 
   Every layer ends in a leaky ReLU with gain sqrt(2). Without the gain w shrinks
   from layer to layer, the images hardly depend on z, and training ends at one
@@ -34,6 +34,7 @@ class MappingNetwork(nn.Module):
 
   @nn.compact
   def __call__(self, latents):
+    """Maps z [B, latent_dim] to w [B, latent_dim], float32."""
     mean_square = jnp.mean(jnp.square(latents), axis=-1, keepdims=True)
     w = latents * lax.rsqrt(mean_square + 1e-8)
     for i in range(self.depth):

@@ -63,10 +63,11 @@ class _Equalized(nn.Module):
 
 
 class Dense(_Equalized):
-  """A dense layer with equalized learning rate, [..., in] to [..., features]."""
+  """A dense layer with equalized learning rate."""
 
   @nn.compact
   def __call__(self, x):
+    """Maps [..., in] to [..., features]."""
     kernel = self._kernel((x.shape[-1], self.features))
     # A matrix product with one batch dimension: the weight gradient of the
     # [B, N, D] form runs at half the speed on a CPU.
@@ -77,13 +78,14 @@ class Dense(_Equalized):
 class TokenConv(_Equalized):
   """A 3x3 convolution over a square grid of tokens.
 
-  [B, N, in] to [B, N, features], or [B, 1 + N, ...] where a class or latent
-  token comes first. That token has no neighbours, so the kernel's centre alone
-  acts on it. The spectral norm is that of the [9 * in, features] matrix.
+  A class or latent token that comes before the grid has no neighbours: the
+  kernel's centre alone acts on it. The spectral norm is that of the kernel as
+  a [9 * in, features] matrix.
   """
 
   @nn.compact
   def __call__(self, x):
+    """Maps [B, N, in] to [B, N, features], or [B, 1 + N, ...] likewise."""
     batch, num_tokens, width = x.shape
     grid = int(np.sqrt(num_tokens))  # a leading token does not change the floor
     kernel = self._kernel((3, 3, width, self.features))
@@ -105,13 +107,14 @@ def conv3x3(x, kernel):
 
 
 class LayerNorm(nn.Module):
-  """LayerNorm with float32 statistics, [..., D] to [..., D]."""
+  """LayerNorm with float32 statistics."""
 
   dtype: Any = jnp.float32
   affine: bool = True
 
   @nn.compact
   def __call__(self, x):
+    """Maps [..., D] to [..., D]."""
     return nn.LayerNorm(
       LAYER_NORM_EPSILON,
       dtype=self.dtype,

@@ -73,6 +73,7 @@ class ImplicitDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, embeddings):
+    """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
     batch, num_tokens, width = embeddings.shape
     y = embeddings.reshape(-1, width).astype(self.dtype)
     features = SineEmbedding(
@@ -120,6 +121,7 @@ class LinearDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, embeddings):
+    """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
     batch, num_tokens, _ = embeddings.shape
     features = self.patch_size**2 * NUM_CHANNELS
     pixels = Dense(features, dtype=self.dtype, name="rgb")(embeddings)

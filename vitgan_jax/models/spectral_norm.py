@@ -38,7 +38,11 @@ def power_iteration(matrix, u, num_iterations=1):
 
 
 def spectral_sigma(matrix, u):
-  """Returns the largest singular value of `matrix` [in, out], seen by `u` [out].
+  """Returns the largest singular value of a matrix, as `u` shows it.
+
+  Args:
+    matrix: [in, out], float32.
+    u: [out], about its first right singular vector.
 
   The gradient flows through `matrix` only: v and u count as constants (Miyato
   et al. 2018, equation 12), which makes it `outer(v, u)`.

@@ -1,0 +1,57 @@
+# Everything runs in .venv, made here: `make demo` and `make test` need no more
+# than Python 3.11 and make.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+WORKDIR ?= runs/digits
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test test-slow lint format constraints clean
+
+help:
+	@echo "make demo       train handwritten digits into WORKDIR=$(WORKDIR)"
+	@echo "make test       lint and test; what takes minutes: make test-slow"
+	@echo "make format     let ruff lay the code out"
+	@echo "make clean      remove .venv and caches; runs/ stays"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "error: Python 3.11 or newer is needed; give it as make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: setup.py constraints.txt | .venv/bin/python
+	@echo "Installing into .venv"
+	$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m vitgan_jax.main --config=configs/digits.py \
+	  --workdir="$(WORKDIR)"
+	$(BIN)/python -m vitgan_jax.visualize --workdir="$(WORKDIR)"
+	$(BIN)/python -m vitgan_jax.metrics.digits --workdir="$(WORKDIR)"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: .venv/installed-test
+	( head -n 1 constraints.txt; $(PIP) freeze --exclude-editable ) \
+	  > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

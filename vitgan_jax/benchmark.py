@@ -1,0 +1,95 @@
+"""Measures speed: `python -m vitgan_jax.benchmark train --config=...`.
+
+  python -m vitgan_jax.benchmark train --config=configs/digits.py
+  python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
+
+Trains on random images: no dataset is read, and nothing is written.
+"""
+
+import json
+import sys
+import time
+
+from absl import app, flags
+import jax
+from ml_collections import config_flags
+import numpy as np
+
+from vitgan_jax import config as config_lib
+from vitgan_jax import partitioning
+from vitgan_jax.gan_step import make_train_steps
+from vitgan_jax.train_state import create_train_state
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
+_SECONDS = flags.DEFINE_float(
+  "seconds", 20.0, "Measure at least this long, and at least three calls."
+)
+
+
+def benchmark_train(config, seconds):
+  """Times `train_steps` of a config; returns a dict of figures.
+
+  Args:
+    config: of `configs/`.
+    seconds: to measure for; compilation and a first call come on top.
+  """
+  config_lib.validate(config)
+  mesh = partitioning.create_mesh()
+  replicated = partitioning.replicated(mesh)
+  state = jax.jit(
+    lambda: create_train_state(config), out_shardings=replicated
+  )()
+  size = config.data.image_size
+  shape = (config.steps_per_call, config.batch_size, size, size, 3)
+  images = partitioning.global_batch(
+    mesh, np.random.default_rng(0).integers(0, 256, shape, np.uint8), axis=1
+  )
+  start = time.perf_counter()
+  train_steps = make_train_steps(config, mesh).lower(state, images).compile()
+  compile_seconds = time.perf_counter() - start
+  state, metrics = train_steps(state, images)  # the first call is slower
+  jax.block_until_ready(metrics)
+  durations = []
+  while len(durations) < 3 or sum(durations) < seconds:
+    start = time.perf_counter()
+    state, metrics = train_steps(state, images)
+    jax.block_until_ready((state, metrics))
+    durations.append(time.perf_counter() - start)
+  step_seconds = float(np.median(durations)) / config.steps_per_call
+  return {
+    "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+    "dtype": config.dtype,
+    "image_size": size,
+    "batch_size": config.batch_size,
+    "steps_per_call": config.steps_per_call,
+    "calls": len(durations),
+    "compile_seconds": round(compile_seconds, 2),
+    "step_ms": round(1000 * step_seconds, 3),
+    "images_per_sec": round(config.batch_size / step_seconds, 1),
+  }
+
+
+_BENCHMARKS = {"train": benchmark_train}
+
+
+def main(argv):
+  """Prints the figures of one benchmark."""
+  if len(argv) != 2 or argv[1] not in _BENCHMARKS or _CONFIG.value is None:
+    sys.exit(
+      "error: usage: python -m vitgan_jax.benchmark "
+      f"{{{','.join(_BENCHMARKS)}}} --config=configs/<name>.py [--json]"
+    )
+  try:
+    figures = _BENCHMARKS[argv[1]](_CONFIG.value, _SECONDS.value)
+  except config_lib.ConfigError as error:
+    sys.exit(f"error: {error}")
+  if _JSON.value:
+    print(json.dumps(figures))
+  else:
+    for name, value in figures.items():
+      print(f"{name:<18}{value}")
+
+
+if __name__ == "__main__":
+  app.run(main)

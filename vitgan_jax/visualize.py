@@ -1,0 +1,76 @@
+"""Pictures of a training run.
+
+python -m vitgan_jax.visualize --workdir=runs/digits
+"""
+
+import collections
+import json
+import pathlib
+
+from absl import app, flags
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+from matplotlib import pyplot as plt
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+_PANELS = {
+  "Losses": ("loss/d", "loss/g"),
+  "Logits of D": ("scores/real", "scores/fake"),
+  "Generator: std": (
+    "diversity/std_over_latents",
+    "diversity/std_of_mean_image",
+  ),
+  "D's attention entropy / log N": (
+    "attention/entropy_mean",
+    "attention/entropy_min",
+  ),
+}
+
+
+def draw_curves(workdir):
+  """Draws `metrics.jsonl` of a workdir into `curves.png`; returns its path.
+
+  Raises:
+    FileNotFoundError: if there are no metrics in the workdir.
+  """
+  workdir = pathlib.Path(workdir)
+  batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
+  curves = collections.defaultdict(dict)
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    scalars = json.loads(line)
+    kimg = scalars.pop("step") * batch_size / 1000
+    for name, value in scalars.items():
+      # A resumed run logs some steps again; the later value is the run's.
+      curves[name][kimg] = value
+  figure, axes = plt.subplots(1, len(_PANELS), figsize=(14, 3))
+  for axis, (title, names) in zip(axes, _PANELS.items()):
+    for name in names:
+      points = sorted(curves[name].items())
+      axis.plot(*zip(*points), label=name.split("/")[1])
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("kimg")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+  figure.tight_layout()
+  path = workdir / "curves.png"
+  figure.savefig(path, dpi=80)
+  plt.close(figure)
+  return path
+
+
+def main(argv):
+  """Draws the curves of --workdir."""
+  del argv
+  try:
+    print(f"The run's curves are in {draw_curves(_WORKDIR.value)}")
+  except FileNotFoundError as error:
+    raise SystemExit(
+      f"error: {error.filename} is not there; give --workdir=<folder of a run>"
+    ) from None
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("workdir")
+  app.run(main)
