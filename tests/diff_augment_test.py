@@ -275,10 +275,10 @@ def test_color_zoom_and_shift_are_independent():
 def test_colors_three_draws_are_independent_but_applied_together():
   before = random_batch()
   after = run(before, brightness=0.3, saturation=0.9, contrast=0.4)
+  brightness = after.mean((1, 2, 3)) - before.mean((1, 2, 3))
+  after = after - brightness[:, None, None, None]
   # Saturation keeps the grey of each pixel, contrast the mean of the image.
   grey_before, grey_after = (x.mean(-1, keepdims=True) for x in (before, after))
-  mean_before, mean_after = (x.mean((1, 2, 3)) for x in (before, after))
-  brightness = mean_after - mean_before
   contrast = contrast_change(grey_before, grey_after)
   both = saturation_change(before - grey_before, after - grey_after)
   saturation = (1 + both) / (1 + contrast) - 1

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vitgan_jax import losses
-from vitgan_jax import train_state
+from vitgan_jax import losses, train_state
 
 # Far beyond (0, 1), where an activation on the logits could not go unnoticed.
 REAL = np.array([-20.0, -1.5, -0.2, 0.0, 0.7, 3.0, 15.0, 1.0])

@@ -52,5 +52,5 @@ def test_global_batch_keeps_the_type_of_the_images():
 
 def test_batch_that_the_devices_cannot_share_is_an_error():
   mesh = partitioning.create_mesh()
-  with pytest.raises(ValueError, match="divisible"):
+  with pytest.raises(ValueError, match="evenly divide"):
     partitioning.global_batch(mesh, np.zeros((12, 2)))

@@ -7,16 +7,15 @@ Trains on random images: no dataset is read, and nothing is written.
 """
 
 import json
-import sys
 import time
 
-from absl import app, flags
+from absl import flags
 import jax
 from ml_collections import config_flags
 import numpy as np
 
+from vitgan_jax import cli, partitioning
 from vitgan_jax import config as config_lib
-from vitgan_jax import partitioning
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.train_state import create_train_state
 
@@ -73,17 +72,18 @@ def benchmark_train(config, seconds):
 _BENCHMARKS = {"train": benchmark_train}
 
 
-def main(argv):
+def main(arguments):
   """Prints the figures of one benchmark."""
-  if len(argv) != 2 or argv[1] not in _BENCHMARKS or _CONFIG.value is None:
-    sys.exit(
-      "error: usage: python -m vitgan_jax.benchmark "
+  if (
+    len(arguments) != 1
+    or arguments[0] not in _BENCHMARKS
+    or (_CONFIG.value is None)
+  ):
+    raise config_lib.ConfigError(
+      "usage: python -m vitgan_jax.benchmark "
       f"{{{','.join(_BENCHMARKS)}}} --config=configs/<name>.py [--json]"
     )
-  try:
-    figures = _BENCHMARKS[argv[1]](_CONFIG.value, _SECONDS.value)
-  except config_lib.ConfigError as error:
-    sys.exit(f"error: {error}")
+  figures = _BENCHMARKS[arguments[0]](_CONFIG.value, _SECONDS.value)
   if _JSON.value:
     print(json.dumps(figures))
   else:
@@ -92,4 +92,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -14,12 +14,11 @@ Write samples of the last checkpoint as PNGs:
 
 import os
 import pathlib
-import re
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,31 +39,22 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 
-def main(argv):
-  """Dispatches to the mode's function; bad input ends as one line."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    if len(argv) > 1:
-      raise ConfigError(f"not a flag: {' '.join(argv[1:])}; see --help")
-    if _MODE.value == "train":
-      _train()
-    else:
-      _sample()
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
+def main(arguments):
+  """Dispatches to the mode's function."""
+  cli.no_arguments(arguments)
+  if _MODE.value == "train":
+    _train()
+  else:
+    _sample()
 
 
 def _train():
   if _CONFIG.value is None:
     raise ConfigError("--config=configs/<name>.py is required; see --help")
-  # Late: --help and a wrong flag need no JAX.
+  # Late: --help and a wrong flag need not wait for JAX.
   from vitgan_jax import train
 
-  try:
-    train.train_and_evaluate(_CONFIG.value, _workdir())
-  except train.TrainingDivergedError as error:
-    sys.exit(f"error: {error}")
+  train.train_and_evaluate(_CONFIG.value, _workdir())
 
 
 def _sample():
@@ -88,24 +78,5 @@ def _workdir():
   return os.path.join("runs", "-".join([pathlib.Path(path).stem, *argument]))
 
 
-def _parse_flags(argv):
-  """Parses the flags; a wrong flag, or a config that fails, is one line."""
-  try:
-    arguments = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      _CONFIG.value.keys()  # a file that does not load is reported here
-  except (AttributeError, KeyError) as error:  # an override of no field
-    field = re.sub(r"[\\'\"]", "", re.sub(r"\\n|\n", ". ", str(error)))
-    sys.exit(f"error: no such field in the config: {field}")
-  except Exception as error:  # whatever else a config file raises
-    # A message may end in a whole traceback: the cause is in its last line.
-    reason = [line for line in str(error).splitlines() if line.strip()][-1]
-    sys.exit(f"error: {reason.strip()}; see --help")
-  return arguments
-
-
 if __name__ == "__main__":
-  # TensorFlow only reads datasets and writes events here: keep it quiet.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  app.run(main, flags_parser=_parse_flags)
+  cli.run(main)

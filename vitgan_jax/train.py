@@ -15,7 +15,7 @@ from vitgan_jax.monitor import MetricWriter, Progress, SampleWriter
 from vitgan_jax.train_state import create_train_state
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(config_lib.ConfigError):
   """A loss is not a finite number."""
 
 

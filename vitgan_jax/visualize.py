@@ -7,13 +7,16 @@ import collections
 import json
 import pathlib
 
-from absl import app, flags
+from absl import flags
 import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+from vitgan_jax import cli
+from vitgan_jax import config as config_lib
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
 
 _PANELS = {
   "Losses": ("loss/d", "loss/g"),
@@ -33,10 +36,10 @@ def draw_curves(workdir):
   """Draws `metrics.jsonl` of a workdir into `curves.png`; returns its path.
 
   Raises:
-    FileNotFoundError: if there are no metrics in the workdir.
+    ConfigError: if the folder is not a workdir.
   """
   workdir = pathlib.Path(workdir)
-  batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
+  batch_size = config_lib.load(workdir).batch_size
   curves = collections.defaultdict(dict)
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     scalars = json.loads(line)
@@ -60,17 +63,11 @@ def draw_curves(workdir):
   return path
 
 
-def main(argv):
+def main(arguments):
   """Draws the curves of --workdir."""
-  del argv
-  try:
-    print(f"The run's curves are in {draw_curves(_WORKDIR.value)}")
-  except FileNotFoundError as error:
-    raise SystemExit(
-      f"error: {error.filename} is not there; give --workdir=<folder of a run>"
-    ) from None
+  cli.no_arguments(arguments)
+  print(f"The run's curves are in {draw_curves(_WORKDIR.value)}")
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("workdir")
-  app.run(main)
+  cli.run(main)

@@ -2,21 +2,20 @@
 
   python -m vitgan_jax.metrics.digits --workdir=runs/digits
 
-A support vector machine (scikit-learn, RBF kernel, calibrated) is fitted on the
-images that the generator was trained on, and tried on those that were held out.
-It then reads 1,000 samples of the averaged generator.
+Logistic regression (scikit-learn) is fitted on the images that the generator
+was trained on, and tried on those that were held out. It then reads 1,000
+samples of the averaged generator.
 """
 
 import json
 import pathlib
 
-from absl import app, flags
+from absl import flags
 import ml_collections
 import numpy as np
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.svm import SVC
+from sklearn.linear_model import LogisticRegression
 
-from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import checkpoint, cli, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 
@@ -33,8 +32,11 @@ def fit_classifier(images, labels):
     images: uint8 [N, S, S, 3].
     labels: [N], 0 to 9.
   """
-  # C = 10 and the default gamma: 99 % on the held-out digits.
-  classifier = CalibratedClassifierCV(SVC(C=10.0), cv=5, ensemble=False)
+  # Strong regularisation, for a classifier that doubts what is no digit: its
+  # mean confidence is 0.86 on held-out digits, 0.53 on averages of two digits
+  # and 0.32 on noise. A calibrated support vector machine or an MLP is as sure
+  # of noise as of digits.
+  classifier = LogisticRegression(C=0.1, max_iter=2000)
   return classifier.fit(_features(images), labels)
 
 
@@ -118,17 +120,14 @@ def table(scores):
   )
 
 
-def main(argv):
+def main(arguments):
   """Prints the table and writes `digits.json` into the workdir."""
-  del argv
-  try:
-    scores = evaluate(_WORKDIR.value)
-  except config_lib.ConfigError as error:
-    raise SystemExit(f"error: {error}") from None
+  cli.no_arguments(arguments)
+  scores = evaluate(_WORKDIR.value)
   path = pathlib.Path(_WORKDIR.value) / "digits.json"
   path.write_text(json.dumps(scores, indent=2) + "\n")
   print(table(scores))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

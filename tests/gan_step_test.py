@@ -1,0 +1,556 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
+from vitgan_jax import gan_step, monitor, partitioning, train_state
+
+KEY = jax.random.key(7)
+
+# What a step computes can be known from outside in these: no random draws.
+PLAIN = tiny.NO_AUGMENTATION | {"data.flip": False, "loss.bcr_weight": 0.0}
+CONFIGS = {
+  "default": {
+    "ema.half_life_kimg": 0.016,  # two steps
+    "ema.ramp_up": 0.0,
+    "optimizer.d_learning_rate": 1e-3,
+  },
+  "penalties": PLAIN
+  | {
+    "loss.r1_gamma": 2.0,
+    "loss.r2_gamma": 0.5,
+    "loss.gradient_penalty_every": 4,
+    "loss.lecam_weight": 0.3,
+  },
+  "rpgan": PLAIN | {"loss.adversarial": "rpgan"},
+  "hinge": PLAIN | {"loss.adversarial": "hinge", "data.flip": True},
+  # A square that hides all of every image, for sure.
+  "hidden": PLAIN
+  | {
+    "loss.bcr_weight": 10.0,
+    "augment.probability": 1.0,
+    "augment.cutout": 2.0,
+  },
+}
+COLOR = np.array([0.5, -0.25, 0.1])  # of what `known_state` generates
+
+
+@functools.cache
+def config_of(name):
+  return tiny.tiny_config(CONFIGS[name])
+
+
+@functools.cache
+def train_step(name):
+  mesh = partitioning.create_mesh(jax.devices()[:1])
+  return jax.jit(gan_step.make_train_step(config_of(name), mesh))
+
+
+@pytest.fixture(scope="module")
+def images():
+  return tiny.random_images(tiny.tiny_config())
+
+
+@pytest.fixture(scope="module")
+def state():
+  return train_state.create_train_state(tiny.tiny_config())
+
+
+@pytest.fixture(scope="module")
+def known_state(state):
+  """A state whose generator makes images of one COLOR and whose u are exact."""
+
+  def exact_u(path, u):
+    if path[-1].key == "u":
+      kernel = state.d_params
+      for key in path[:-2]:
+        kernel = kernel[key.key]
+      matrix = np.asarray(kernel["kernel"]).reshape(-1, u.size)
+      u = np.linalg.svd(matrix)[2][0].astype(np.float32)
+    return u
+
+  g_params = jax.tree.map(lambda x: x, state.g_params)  # new dicts
+  rgb = g_params["decoder"]["rgb"]
+  rgb["kernel"] = jnp.zeros_like(rgb["kernel"])
+  rgb["bias"] = jnp.asarray(COLOR, jnp.float32)
+  return state.replace(
+    step=jnp.int32(4),
+    g_params=g_params,
+    g_ema_params=jax.tree.map(jnp.zeros_like, g_params),
+    d_spectral=jax.tree_util.tree_map_with_path(exact_u, state.d_spectral),
+    logit_ema={"real": jnp.float32(0.3), "fake": jnp.float32(-0.2)},
+  )
+
+
+@functools.cache
+def discriminator_functions():
+  """Returns jitted logits(params, spectral, images) and their slopes."""
+  _, discriminator = train_state.build_models(tiny.tiny_config())
+
+  def logits(params, spectral, x):
+    return discriminator.apply({"params": params, "spectral": spectral}, x)
+
+  slopes = jax.grad(lambda *args: jnp.sum(logits(*args)), argnums=2)
+  return jax.jit(logits), jax.jit(slopes)
+
+
+def discriminate(params, spectral, x):
+  x = np.broadcast_to(x, (8, 8, 8, 3)).astype(np.float32)
+  logits = discriminator_functions()[0](params, spectral, x)
+  return np.asarray(logits, np.float64)
+
+
+def half_squared_slope(params, spectral, x):
+  x = np.broadcast_to(x, (8, 8, 8, 3)).astype(np.float32)
+  slopes = discriminator_functions()[1](params, spectral, x)
+  return 0.5 * np.mean(np.sum(np.square(slopes, dtype=np.float64), (1, 2, 3)))
+
+
+def reference_d(name, params, state, images):
+  """Returns (loss with penalties, metrics) of D on `known_state`, in numpy."""
+  config = config_of(name)
+  d = functools.partial(discriminate, params, state.d_spectral)
+  real, fake = images / 127.5 - 1.0, COLOR
+  shown_real, shown_fake = (0.0, 0.0) if name == "hidden" else (real, fake)
+  real_logits, fake_logits = d(shown_real), d(shown_fake)
+  loss = ADVERSARIAL_REFERENCE[config.loss.adversarial][0](
+    real_logits, fake_logits
+  )
+  metrics = {
+    "loss/d": loss,
+    "scores/real": np.mean(real_logits),
+    "scores/fake": np.mean(fake_logits),
+  }
+  if name == "hidden":
+    metrics["penalty/bcr"] = np.mean((d(real) - real_logits) ** 2) + np.mean(
+      (d(fake) - fake_logits) ** 2
+    )
+    loss += 10.0 * metrics["penalty/bcr"]
+  if name == "penalties":
+    metrics["penalty/lecam"] = np.mean((real_logits + 0.2) ** 2) + np.mean(
+      (fake_logits - 0.3) ** 2
+    )
+    loss += 0.3 * metrics["penalty/lecam"]
+    is_turn = state.step % 4 == 0
+    slope = functools.partial(half_squared_slope, params, state.d_spectral)
+    metrics["penalty/r1"] = slope(real) if is_turn else 0.0
+    metrics["penalty/r2"] = slope(fake) if is_turn else 0.0
+    # Lazy: four times the weight every fourth step.
+    loss += 4 * (2.0 * metrics["penalty/r1"] + 0.5 * metrics["penalty/r2"])
+  return loss, metrics
+
+
+def reference_g(name, color, after, images):
+  """Returns the loss of a G that makes one color, against the updated D."""
+  shown_real, shown_fake = images / 127.5 - 1.0, color
+  if name == "hidden":
+    shown_fake = 0.0
+  loss_fn = ADVERSARIAL_REFERENCE[config_of(name).loss.adversarial][1]
+  return loss_fn(
+    *(
+      discriminate(after.d_params, after.d_spectral, x)
+      for x in (shown_real, shown_fake)
+    )
+  )
+
+
+def mirror_symmetric(images):
+  """Returns images that the random flip leaves alone."""
+  return np.concatenate([images[:, :, :4], images[:, :, 3::-1]], axis=2)
+
+
+def gradients(state):
+  """Returns the last gradients (G's, D's): with b1 = 0 they are Adam's mu."""
+  return state.g_opt_state[0].mu, state.d_opt_state[0].mu
+
+
+@pytest.mark.parametrize("turn", [4, 5])
+@pytest.mark.parametrize("name", ["penalties", "rpgan", "hinge", "hidden"])
+def test_metrics_match_numpy(name, turn, known_state, images):
+  images = mirror_symmetric(images)
+  before = known_state.replace(step=jnp.int32(turn))
+  after, metrics = train_step(name)(before, images, KEY)
+  _, expected = reference_d(name, before.d_params, before, images)
+  expected["loss/g"] = reference_g(name, COLOR, after, images)
+  assert metrics.keys() == expected.keys()
+  for key, value in expected.items():
+    assert metrics[key].dtype == jnp.float32 and metrics[key].shape == ()
+    # Logits have an absolute error of 1e-6 in float32.
+    np.testing.assert_allclose(
+      metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=key
+    )
+
+
+def norm(tree):
+  return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize(
+  "name, turn",
+  [("penalties", 4), ("penalties", 5), ("rpgan", 4), ("hidden", 4)],
+)
+def test_d_trains_on_the_sum_of_its_losses(name, turn, known_state, images):
+  # The slope of the loss along its gradient is the norm of the gradient.
+  before = known_state.replace(step=jnp.int32(turn))
+  after, _ = train_step(name)(before, images, KEY)
+  gradient = gradients(after)[1]
+  h = 0.01 / norm(gradient)
+  above, below = (
+    reference_d(
+      name,
+      jax.tree.map(lambda p, g, s=s: p + s * g, before.d_params, gradient),
+      before,
+      images,
+    )[0]
+    for s in (h, -h)
+  )
+  np.testing.assert_allclose(
+    (above - below) / 0.02,
+    norm(gradient),
+    # Central differences of float32 logits: 1e-6 / 0.02, and the curvature.
+    rtol=2e-3,
+    atol=1e-4,
+  )
+
+
+@pytest.mark.parametrize("name", ["penalties", "rpgan", "hinge"])
+def test_g_trains_on_its_loss_against_the_updated_d(name, known_state, images):
+  images = mirror_symmetric(images)
+  after, _ = train_step(name)(known_state, images, KEY)
+  gradient = gradients(after)[0]["decoder"]["rgb"]["bias"]
+  h = 0.02
+  differences = [
+    (
+      reference_g(name, COLOR + step, after, images)
+      - reference_g(name, COLOR - step, after, images)
+    )
+    / (2 * h)
+    for step in h * np.eye(3)
+  ]
+  # Central differences of float32 logits: 1e-6 / 0.04.
+  np.testing.assert_allclose(gradient, differences, rtol=2e-3, atol=5e-5)
+
+
+def test_neither_network_is_trained_on_images_that_are_not_augmented(
+  known_state, images
+):
+  # The square hides all images, so that G can have no gradient, and without
+  # the consistency D sees nothing but grey: see `reference_d`.
+  after, _ = train_step("hidden")(known_state, images, KEY)
+  for name, leaf in tiny.leaves_by_name(gradients(after)[0]).items():
+    np.testing.assert_array_equal(leaf, 0.0, err_msg=name)
+
+
+def test_every_parameter_is_trained(state, images):
+  after, _ = train_step("default")(state, images, KEY)
+  for network, gradient in zip("gd", gradients(after)):
+    before_params, after_params = (
+      tiny.leaves_by_name(getattr(s, f"{network}_params"))
+      for s in (state, after)
+    )
+    for name, leaf in tiny.leaves_by_name(gradient).items():
+      if has_no_effect(network, name):
+        continue
+      # Rounding would leave 1e-8.
+      assert np.max(np.abs(leaf)) > 1e-6, (network, name)
+      assert np.any(after_params[name] != before_params[name]), (network, name)
+
+
+def has_no_effect(network, name):
+  """Whether a parameter cannot change the network's output.
+
+  A bias on both sides of a distance cancels, and one on all keys adds the same
+  to each logit of a softmax: their gradients are nothing but rounding.
+  """
+  layer = {"d": "query", "g": "key"}[network]
+  return name.endswith(f"attention/{layer}/bias")
+
+
+def test_a_step_is_one_adam_update_of_each_network(state, images):
+  config = config_of("default")
+  after, _ = train_step("default")(state, images, KEY)
+  for network, gradient in zip("gd", gradients(after)):
+    opt_state = getattr(after, f"{network}_opt_state")[0]
+    assert opt_state.count == 1
+    rate = config.optimizer[f"{network}_learning_rate"]
+    new, old, gradient, nu = (
+      tiny.leaves_by_name(tiny.to_host(tree))
+      for tree in (
+        getattr(after, f"{network}_params"),
+        getattr(state, f"{network}_params"),
+        gradient,
+        opt_state.nu,
+      )
+    )
+    for name, g in gradient.items():
+      g = g.astype(np.float64)
+      np.testing.assert_allclose(nu[name], 0.01 * g**2, rtol=1e-5, atol=1e-38)
+      np.testing.assert_allclose(
+        new[name],
+        old[name] - rate * g / (np.abs(g) + 1e-8),
+        rtol=2e-7,  # float32, of parameters of about 1 ...
+        atol=1e-5 * rate,  # ... and of the update
+        err_msg=name,
+      )
+
+
+@pytest.mark.parametrize("name", ["default", "penalties", "rpgan"])
+def test_u_takes_one_power_iteration_a_step(name, state, images):
+  rng = np.random.default_rng(0)
+
+  def random_u(path, x):
+    if path[-1].key == "u":
+      x = rng.normal(size=x.shape).astype(np.float32)
+      x /= np.linalg.norm(x)
+    return x
+
+  def iterate(matrix, u):
+    v = matrix @ u
+    u = matrix.T @ (v / np.linalg.norm(v))
+    return u / np.linalg.norm(u)
+
+  before = state.replace(
+    # As warm as they are made, one iteration would hardly show.
+    d_spectral=jax.tree_util.tree_map_with_path(random_u, state.d_spectral)
+  )
+  after, _ = train_step(name)(before, images, KEY)
+  kernels = tiny.leaves_by_name(tiny.to_host(state.d_params))
+  old, new = (
+    tiny.leaves_by_name(tiny.to_host(s.d_spectral)) for s in (before, after)
+  )
+  for name in old:
+    layer, _, variable = name.rsplit("/", 2)
+    if variable == "sigma_init":
+      np.testing.assert_array_equal(new[name], old[name])
+      continue
+    kernel = kernels[f"{layer}/kernel"].astype(np.float64)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    once = iterate(matrix, old[name])
+    np.testing.assert_allclose(new[name], once, atol=1e-6, err_msg=name)
+    if len(once) > 1:
+      assert np.max(np.abs(iterate(matrix, once) - once)) > 1e-2
+
+
+@pytest.mark.parametrize(
+  "name, decay",
+  # A half-life of 16 images; and one of 0.05 * the 32 seen: 1.6 images.
+  [("default", 0.5 ** (8 / 16)), ("penalties", 0.5 ** (8 / 1.6))],
+)
+def test_average_moves_from_the_old_average_to_the_new_params(
+  name, decay, known_state, images
+):
+  old = jax.tree.map(lambda x: x + 1.0, known_state.g_params)
+  after, _ = train_step(name)(
+    known_state.replace(g_ema_params=old), images, KEY
+  )
+  old, new, params = (
+    tiny.leaves_by_name(tiny.to_host(x))
+    for x in (old, after.g_ema_params, after.g_params)
+  )
+  for leaf, value in new.items():
+    np.testing.assert_allclose(
+      value,
+      decay * old[leaf] + (1 - decay) * params[leaf],
+      rtol=1e-5,
+      atol=1e-6,
+      err_msg=leaf,
+    )
+
+
+def test_logit_averages_follow_the_scores(known_state, images):
+  after, metrics = train_step("penalties")(known_state, images, KEY)
+  for name, old in known_state.logit_ema.items():
+    np.testing.assert_allclose(
+      after.logit_ema[name],
+      0.99 * old + 0.01 * metrics[f"scores/{name}"],
+      rtol=1e-6,
+    )
+
+
+def test_flip_mirrors_half_of_the_images():
+  images = np.random.default_rng(0).normal(size=(4096, 2, 3, 3))
+  flipped = np.asarray(gan_step.random_flip(KEY, images.astype(np.float32)))
+  images = images.astype(np.float32)
+  same = np.all(flipped == images, axis=(1, 2, 3))
+  mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
+  assert np.all(same ^ mirrored)
+  # Five standard deviations.
+  np.testing.assert_allclose(np.mean(same), 0.5, atol=5 * 0.5 / 64)
+  assert abs(np.corrcoef(same[1:], same[:-1])[0, 1]) < 5 / 64
+
+
+@pytest.mark.parametrize("name, flips", [("rpgan", False), ("hinge", True)])
+def test_real_images_are_flipped_where_the_config_says_so(
+  name, flips, known_state, images
+):
+  _, metrics = train_step(name)(known_state, images, KEY)
+  unflipped = reference_d(name, known_state.d_params, known_state, images)[1]
+  difference = np.abs(metrics["scores/real"] - unflipped["scores/real"])
+  assert (difference > 1e-4) if flips else (difference < 1e-5)
+
+
+def test_images_span_minus_one_to_one():
+  images = gan_step.to_float(jnp.array([0, 51, 255], jnp.uint8))
+  assert images.dtype == jnp.float32
+  np.testing.assert_allclose(images, [-1.0, -0.6, 1.0], atol=1e-7)
+
+
+GOLDEN = {}
+
+
+@pytest.mark.parametrize("name", ["default", "penalties", "rpgan", "hinge"])
+def test_golden_metrics_of_the_first_step(name, state, images):
+  _, metrics = train_step(name)(state, images, KEY)
+  metrics = {key: float(value) for key, value in metrics.items()}
+  expected = GOLDEN.get(name, {})
+  message = (
+    "The first step of a run has changed. If it was meant to (another init, "
+    "loss, augmentation, or order of the random draws), say so in the commit "
+    f"and put these numbers into GOLDEN[{name!r}]: {metrics}. If not, it is a "
+    "bug: no refactoring may move them."
+  )
+  assert metrics.keys() == expected.keys(), message
+  np.testing.assert_allclose(
+    # The order of sums, which differs from one CPU to another, moves float32
+    # logits by about 1e-6.
+    list(metrics.values()),
+    [expected[key] for key in metrics],
+    rtol=1e-5,
+    atol=5e-6,
+    err_msg=message,
+  )
+
+
+@functools.cache
+def train_steps(num_devices):
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  train_steps = gan_step.make_train_steps(config_of("default"), mesh)
+
+  def run(state, *batches):
+    """Returns the state, on the host, and metrics of calls of two steps."""
+    state = jax.device_put(
+      jax.tree.map(jnp.copy, state), partitioning.replicated(mesh)
+    )
+    metrics = []
+    for batch in batches:
+      state, call_metrics = train_steps(
+        state, partitioning.global_batch(mesh, batch, axis=1)
+      )
+      metrics.append(tiny.to_host(call_metrics))
+    return state, metrics
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def batches():
+  return tiny.random_images(tiny.tiny_config(), 3, 2)  # 3 calls of 2 steps
+
+
+def test_scan_of_steps_equals_single_steps(state, batches):
+  scanned, (scanned_metrics,) = train_steps(1)(state, batches[0])
+  metrics = []
+  for t, batch in enumerate(batches[0]):
+    key = jax.random.fold_in(state.key, t)
+    state, step_metrics = train_step("default")(state, batch, key)
+    metrics.append(step_metrics)
+  tiny.assert_bit_equal(scanned, state)
+  for key, value in scanned_metrics.items():
+    np.testing.assert_allclose(
+      value, np.mean([m[key] for m in metrics]), rtol=1e-6
+    )
+
+
+def test_run_resumed_from_host_memory_is_bit_for_bit_the_same(state, batches):
+  whole, metrics = train_steps(1)(state, *batches)
+  half, _ = train_steps(1)(state, *batches[:1])
+  saved = tiny.to_host(half)
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(saved))
+  resumed = tiny.from_host(saved, like=half)
+  resumed, resumed_metrics = train_steps(1)(resumed, *batches[1:])
+  assert resumed.step == 6
+  tiny.assert_bit_equal(resumed, whole)
+  tiny.assert_bit_equal(resumed_metrics, metrics[1:])
+
+
+def test_every_step_draws_anew(state, batches):
+  _, (first,) = train_steps(1)(state, batches[0])
+  later = state.replace(step=jnp.int32(2))
+  _, (second,) = train_steps(1)(later, batches[0])
+  assert all(first[key] != second[key] for key in first)
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_many_devices_compute_what_one_does(num_devices, state, batches):
+  one, (one_metrics,) = train_steps(1)(state, batches[0])
+  many, (many_metrics,) = train_steps(num_devices)(state, batches[0])
+  for leaf in jax.tree.leaves(many):
+    assert len(leaf.sharding.device_set) == num_devices
+    assert leaf.sharding.is_fully_replicated
+  for key, value in one_metrics.items():
+    np.testing.assert_allclose(
+      many_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key
+    )
+  print(norm(gradients(one)[0]))
+  for network in "gd":
+    for what in (
+      lambda s: getattr(s, f"{network}_opt_state")[0].mu,
+      lambda s: getattr(s, f"{network}_params"),
+    ):
+      a, b = (tiny.leaves_by_name(tiny.to_host(what(s))) for s in (one, many))
+      for name in a:
+        d = np.abs(a[name] - b[name])
+        print(
+          network,
+          name,
+          d.max(),
+          np.mean(d > 1e-5),
+          np.abs(a[name]).max(),
+          d.max() / np.abs(a[name]).max(),
+        )
+  tiny.assert_bit_equal(many.key, one.key)
+  assert 0
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_the_rest_float32(
+  state, images
+):
+  config = tiny.tiny_config(CONFIGS["default"], dtype="bfloat16")
+  mesh = partitioning.create_mesh(jax.devices()[:1])
+  step = jax.jit(gan_step.make_train_step(config, mesh))
+  after, metrics = step(state, images, KEY)
+  for tree in (after, metrics):
+    for name, leaf in tiny.leaves_by_name(tree).items():
+      if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        assert leaf.dtype == jnp.float32, name
+        assert np.all(np.isfinite(leaf)), name
+  _, expected = train_step("default")(state, images, KEY)
+  print(metrics, expected)
+  assert 0
+
+
+def test_samples_are_drawn_from_the_moving_average(state, images, tmp_path):
+  config = tiny.tiny_config(num_sample_images=4)
+  grids = []
+
+  class Writer:
+    def write(self, step, scalars, images):
+      assert np.isfinite(list(scalars.values())).all()
+      grids.append(images["samples"])
+
+  mesh = partitioning.create_mesh(jax.devices()[:1])
+  writer = monitor.SampleWriter(config, tmp_path, mesh, images, Writer())
+  zeros = jax.tree.map(jnp.zeros_like, state.g_params)
+  for g_params, g_ema_params in (
+    (state.g_params, state.g_params),
+    (zeros, state.g_params),
+    (state.g_params, zeros),
+  ):
+    writer.write(0, state.replace(g_params=g_params, g_ema_params=g_ema_params))
+  both, averaged, raw = grids
+  np.testing.assert_array_equal(averaged, both)
+  assert np.std(raw) == 0.0 and np.std(averaged) > 0.0
