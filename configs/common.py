@@ -80,7 +80,7 @@ def get_config():
   config.augment.cutout = 0.5
 
   config.ema = ml_collections.ConfigDict()
-  config.ema.half_life_kimg = 20.0
+  config.ema.half_life_kimg = 500.0
   config.ema.ramp_up = 0.05  # half-life at most this share of the images seen
 
   config.log_every_kimg = 50.0
