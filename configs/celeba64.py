@@ -6,15 +6,15 @@ Reported there: FID 3.74. Not yet trained here.
     python -m vitgan_jax.main --config=configs/celeba64.py
 
 As configs/cifar10.py, with patches of 8 that overlap by 4 pixels and 6 + 6
-blocks, as in the paper. Images are the aligned ones of 178 x 218 pixels, cropped
-to the centred square of 178 and resized with a Lanczos filter.
+blocks, as in the paper. Images are the aligned ones of 178 x 218 pixels,
+cropped to the centred square of 178 and resized with a Lanczos filter.
 
 Attention entropy of the discriminator at init (qk_gain 0.4): 0.89 to 0.97 of
 log N, first block to last.
 
-G has 16.1 M parameters, D 10.2 M; with `conv_qkv` 37.3 M and 24.4 M. The 37.3 M
-are what is published for ViTGAN-64 (38 M), so the published figures are probably
-with convolutional query, key and value.
+G has 16.1 M parameters, D 10.2 M; with `conv_qkv` 37.3 M and 24.4 M. As 38 M
+are published for the generator of ViTGAN-64, its figures are probably with
+convolutional query, key and value.
 """
 
 from configs import common

@@ -5,13 +5,13 @@ Reported there: FID 6.66, IS 9.30 (first version). Not yet trained here.
 
     python -m vitgan_jax.main --config=configs/cifar10.py
 
-From the paper: patch 4, 4 + 4 blocks of width 384 with 6 heads and MLPs of 1536,
-Adam(0, 0.99) at 2e-3 for both networks, batch 128, DiffAugment with
+From the paper: patch 4, 4 + 4 blocks of width 384 with 6 heads and MLPs of
+1536, Adam(0, 0.99) at 2e-3 for both networks, batch 128, DiffAugment with
 probability 0.8, balanced consistency of weight 10, and 51.2 M images (the
 length of the authors' runs).
 
 Chosen here, where the paper is silent:
-  overlap: 2 pixels, half a patch, which the appendix has and the text agrees to.
+  overlap: 2 pixels, half a patch; text and appendix agree on it at this size.
   ema: half-life 500 kimg, at most 5 % of the images seen.
   augment: translation 1/8, cutout 1/2, brightness 0.5, saturation 1, contrast
     0.5 (DiffAugment's own); scaling by 0.8 to 1.2.

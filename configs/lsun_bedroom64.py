@@ -8,9 +8,9 @@ yet trained here.
 The model and the training of configs/celeba64.py; images are cropped to their
 largest centred square.
 
-TFDS prepares LSUN with tensorflow-io, which does not load beside recent versions
-of TensorFlow: prepare `lsun/bedroom` where it does, and give its folder as
---config.data.data_dir.
+TFDS prepares LSUN with tensorflow-io, which does not load beside recent
+versions of TensorFlow: prepare `lsun/bedroom` where it does, and give its
+folder as --config.data.data_dir.
 """
 
 from configs import celeba64, common

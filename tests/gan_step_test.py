@@ -399,7 +399,36 @@ def test_images_span_minus_one_to_one():
   np.testing.assert_allclose(images, [-1.0, -0.6, 1.0], atol=1e-7)
 
 
-GOLDEN = {}
+GOLDEN = {
+  "default": {
+    "loss/d": 1.467481,
+    "loss/g": 0.690088,
+    "penalty/bcr": 0.08501127,
+    "scores/fake": 0.1443002,
+    "scores/real": -0.003414832,
+  },
+  "penalties": {
+    "loss/d": 1.324488,
+    "loss/g": 0.7193028,
+    "penalty/lecam": 0.02456468,
+    "penalty/r1": 0.01563797,
+    "penalty/r2": 0.00677557,
+    "scores/fake": -0.06635085,
+    "scores/real": 0.06339488,
+  },
+  "rpgan": {
+    "loss/d": 0.6324868,
+    "loss/g": 0.7686338,
+    "scores/fake": -0.06635085,
+    "scores/real": 0.06339488,
+  },
+  "hinge": {
+    "loss/d": 1.945118,
+    "loss/g": 0.06999055,
+    "scores/fake": -0.06635085,
+    "scores/real": -0.01146846,
+  },
+}
 
 
 @pytest.mark.parametrize("name", ["default", "penalties", "rpgan", "hinge"])
@@ -493,44 +522,64 @@ def test_many_devices_compute_what_one_does(num_devices, state, batches):
     assert leaf.sharding.is_fully_replicated
   for key, value in one_metrics.items():
     np.testing.assert_allclose(
-      many_metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key
+      many_metrics[key], value, rtol=1e-5, atol=2e-6, err_msg=key
     )
-  print(norm(gradients(one)[0]))
-  for network in "gd":
-    for what in (
-      lambda s: getattr(s, f"{network}_opt_state")[0].mu,
-      lambda s: getattr(s, f"{network}_params"),
-    ):
-      a, b = (tiny.leaves_by_name(tiny.to_host(what(s))) for s in (one, many))
-      for name in a:
-        d = np.abs(a[name] - b[name])
-        print(
-          network,
-          name,
-          d.max(),
-          np.mean(d > 1e-5),
-          np.abs(a[name]).max(),
-          d.max() / np.abs(a[name]).max(),
-        )
-  tiny.assert_bit_equal(many.key, one.key)
-  assert 0
+  for network, gradient, expected in zip("gd", gradients(many), gradients(one)):
+    rate = config_of("default").optimizer[f"{network}_learning_rate"]
+    gradient, expected, params, expected_params = (
+      tiny.leaves_by_name(tiny.to_host(tree))
+      for tree in (
+        gradient,
+        expected,
+        getattr(many, f"{network}_params"),
+        getattr(one, f"{network}_params"),
+      )
+    )
+    for name, g in expected.items():
+      if has_no_effect(network, name):
+        continue
+      # Sums over the batch in another order; then Adam, which with b1 = 0
+      # divides by about |g| and makes much of the rounding of the smallest.
+      np.testing.assert_allclose(
+        gradient[name], g, atol=1e-5 * np.max(np.abs(g)), err_msg=name
+      )
+      np.testing.assert_allclose(
+        params[name],
+        expected_params[name],
+        rtol=2e-7,
+        atol=1e-2 * rate,
+        err_msg=name,
+      )
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_the_rest_float32(
-  state, images
-):
-  config = tiny.tiny_config(CONFIGS["default"], dtype="bfloat16")
+def test_state_and_metrics_stay_float32_under_bfloat16(state, images):
+  config = tiny.tiny_config(CONFIGS["penalties"], dtype="bfloat16")
   mesh = partitioning.create_mesh(jax.devices()[:1])
-  step = jax.jit(gan_step.make_train_step(config, mesh))
-  after, metrics = step(state, images, KEY)
-  for tree in (after, metrics):
-    for name, leaf in tiny.leaves_by_name(tree).items():
-      if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        assert leaf.dtype == jnp.float32, name
-        assert np.all(np.isfinite(leaf)), name
-  _, expected = train_step("default")(state, images, KEY)
-  print(metrics, expected)
-  assert 0
+  step = gan_step.make_train_step(config, mesh)
+  after, metrics = jax.eval_shape(step, state, images, KEY)
+  assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(
+    lambda x: x.dtype, state
+  )
+  assert all(x.dtype == jnp.float32 for x in metrics.values())
+
+
+def test_bfloat16_reaches_neither_logits_nor_sigma(state, images):
+  config = tiny.tiny_config(dtype="bfloat16")
+  _, discriminator = train_state.build_models(config)
+  variables = {"params": state.d_params, "spectral": state.d_spectral}
+  floats = np.asarray(gan_step.to_float(images))
+  logits, updates = jax.jit(
+    functools.partial(discriminator.apply, mutable=["spectral"])
+  )(variables, floats)
+  assert logits.dtype == jnp.float32
+  # Rounded to bfloat16, all would have the last 16 bits zero.
+  assert np.any(np.asarray(logits).view(np.uint32) & 0xFFFF)
+  error = logits - discriminate(state.d_params, state.d_spectral, floats)
+  assert 0 < np.max(np.abs(error)) < 0.02  # the layers do round: 2**-8 each
+  after, _ = train_step("default")(state, images, KEY)
+  expected = tiny.leaves_by_name(after.d_spectral)
+  for name, leaf in tiny.leaves_by_name(updates["spectral"]).items():
+    np.testing.assert_allclose(leaf, expected[name], atol=1e-6, err_msg=name)
 
 
 def test_samples_are_drawn_from_the_moving_average(state, images, tmp_path):

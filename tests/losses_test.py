@@ -128,7 +128,7 @@ def test_gradient_penalty_matches_finite_differences_of_the_discriminator():
   variables = discriminator.init(jax.random.key(0), images)
   discriminate = jax.jit(lambda x: discriminator.apply(variables, x))
   np.testing.assert_allclose(
-    losses.gradient_penalty(discriminate, images),
+    jax.jit(lambda x: losses.gradient_penalty(discriminate, x))(images),
     finite_difference_penalty(discriminate, images, 0.02),
     # Central differences in float32: rounding of the logits, 1e-7, over a
     # step of 0.02, against slopes of about 1e-2; and the third derivative.

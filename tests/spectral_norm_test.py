@@ -24,7 +24,7 @@ def normal(*shape, seed=0):
   return rng.normal(size=shape).astype(np.float32)
 
 
-def spectral(u, sigma_init):
+def spectral_state(u, sigma_init):
   """Returns the variables of a SpectralNorm in a given state."""
   return {"spectral": {"u": u, "sigma_init": np.float32(sigma_init)}}
 
@@ -59,7 +59,7 @@ def test_sigma_of_the_converged_vector_is_the_largest_singular_value():
 def test_normalised_kernel_has_the_target_norm(kind, target):
   matrix = normal(7, 5)
   u = np.linalg.svd(matrix)[2][0]
-  kernel = SpectralNorm(kind).apply(spectral(u, 3.0), matrix)
+  kernel = SpectralNorm(kind).apply(spectral_state(u, 3.0), matrix)
   assert_allclose(np.linalg.norm(kernel, 2), target, rtol=1e-5)
   # Nothing but the scale changes.
   assert_allclose(kernel, matrix * (kernel[0, 0] / matrix[0, 0]), rtol=1e-5)
@@ -76,7 +76,7 @@ def test_none_leaves_kernel_and_collection_alone():
 def test_mutable_call_takes_exactly_one_step():
   matrix, u = normal(7, 5), unit(normal(5, seed=1))
   v, new_u = numpy_step(matrix, u)
-  module, variables = SpectralNorm("isn"), spectral(u, 3.0)
+  module, variables = SpectralNorm("isn"), spectral_state(u, 3.0)
   kernel, state = module.apply(variables, matrix, mutable=["spectral"])
   assert_allclose(state["spectral"]["u"], new_u, rtol=1e-5, atol=1e-6)
   assert state["spectral"]["sigma_init"] == 3.0
@@ -88,7 +88,7 @@ def test_mutable_call_takes_exactly_one_step():
 def test_read_only_call_uses_u_as_it_is():
   matrix, u = normal(7, 5), unit(normal(5, seed=1))
   sigma = np.linalg.norm(matrix @ u)
-  module, variables = SpectralNorm("isn"), spectral(u, 3.0)
+  module, variables = SpectralNorm("isn"), spectral_state(u, 3.0)
   kernel = module.apply(variables, matrix)
   assert_allclose(kernel, 3.0 / sigma * matrix, rtol=1e-5)
   _, state = module.apply(variables, matrix, mutable=["intermediates"])
@@ -102,7 +102,9 @@ def test_gradient_flows_through_the_kernel_only(mutable):
   v = unit(matrix @ u)
 
   def loss(matrix):
-    y = SpectralNorm("isn").apply(spectral(u, 3.0), matrix, mutable=mutable)
+    y = SpectralNorm("isn").apply(
+      spectral_state(u, 3.0), matrix, mutable=mutable
+    )
     return jnp.sum(weights * (y[0] if mutable else y))
 
   if mutable:
@@ -111,7 +113,7 @@ def test_gradient_flows_through_the_kernel_only(mutable):
   else:
     last_u = u
 
-  def numpy_loss(matrix):
+  def numpy_loss(matrix):  # u and v are constants
     return np.sum(weights * 3.0 * matrix / (v @ matrix @ last_u))
 
   expected, epsilon = np.empty_like(matrix), 1e-5
@@ -192,12 +194,24 @@ def test_norms_stay_put_while_the_kernels_train():
     kernel = initial["kernel"]
     target = np.linalg.norm(kernel / np.sqrt(kernel.shape[0]), 2)
     norms = np.linalg.norm(effective_kernels(layer), 2, axis=(1, 2)) / target
-    print(name, "med %.4f max %.4f last %.4f min %.4f" % (np.median(norms),norms.max(),norms[-1],norms.min()), "max50 %.4f" % norms[:50].max())
+    # A stale u under-estimates sigma, so the norm errs upwards. One step of
+    # power iteration per update lags behind a direction that grows, by up to
+    # 9 % here; with a u that is never written back it is 60 %.
+    assert np.all(norms > 0.999) and np.all(norms < 1.1), name
+    assert np.median(norms) < 1.03, name
 
 
-@pytest.mark.parametrize("mutable, tolerance", [(False, None)])
-def test_u_follows_a_kernel_that_turns(mutable, tolerance):
-  pass
+def test_u_follows_a_kernel_that_turns():
+  module = SpectralNorm("isn")
+  variables = spectral_state(np.float32([1.0, 0.0, 0.0]), 4.0)
+  norms = []
+  for angle in np.deg2rad(np.arange(90)):
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotation = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    matrix = np.float32(np.diag([4.0, 2.0, 1.0]) @ rotation)
+    kernel, variables = module.apply(variables, matrix, mutable=["spectral"])
+    norms.append(np.linalg.norm(kernel, 2))
+  assert_allclose(norms, 4.0, rtol=1e-3)
 
 
 def init_spectral(module, *args):
@@ -216,9 +230,10 @@ def test_convolution_is_normalised_as_one_matrix():
   sigma = np.linalg.norm(0.5 * kernel / np.sqrt(9 * 4), 2)
   assert_allclose(spectral["norm.sigma_init"], sigma, rtol=1e-5)
   assert spectral["norm.u"].shape == (6,)
-  y = SpectralNorm("sn").apply(spectral_of(kernel), params["kernel"])
+  u = np.linalg.svd(kernel)[2][0]
+  y = SpectralNorm("isn").apply(spectral_state(u, 3.0), params["kernel"])
   assert y.shape == (3, 3, 4, 6)
-  assert_allclose(np.linalg.norm(y.reshape(36, 6), 2), 1.0, rtol=1e-5)
+  assert_allclose(np.linalg.norm(y.reshape(9 * 4, 6), 2), 3.0, rtol=1e-5)
 
 
 def test_projections_of_all_heads_are_normalised_as_one_matrix():
@@ -243,9 +258,7 @@ def test_sigma_is_float32_under_bfloat16():
   layer = Dense(64, spectral_norm="isn", dtype=jnp.bfloat16)
   x = normal(2, 48)
   variables = jax.jit(layer.init)(jax.random.key(0), x)
-  y, state = layer.apply(
-    variables, x, mutable=["spectral", "intermediates"]
-  )
+  y, state = layer.apply(variables, x, mutable=["spectral", "intermediates"])
   assert y.dtype == jnp.bfloat16
   u, sigma_init = (state["spectral"]["norm"][k] for k in ("u", "sigma_init"))
   assert u.dtype == sigma_init.dtype == jnp.float32
@@ -253,5 +266,5 @@ def test_sigma_is_float32_under_bfloat16():
   assert_allclose(sigma_init, np.linalg.norm(matrix, 2), rtol=1e-5)
   (growth,) = state["intermediates"]["norm"]["sigma_growth"]
   expected = np.linalg.norm(matrix @ u) / sigma_init
-  # Float32 and no wider: one rounding to bfloat16 is worth up to 4e-3.
+  # One rounding to bfloat16 is worth up to 4e-3.
   assert_allclose(growth, expected, rtol=1e-5)
