@@ -1,4 +1,13 @@
-"""Draft."""
+"""The demo: a small ViTGAN on scikit-learn's handwritten digits, 16 x 16.
+
+    make demo
+
+or
+
+    python -m vitgan_jax.main --config=configs/digits.py
+
+1,497 digits of 8 x 8 pixels, enlarged; two CPU cores.
+"""
 
 from configs import common
 
@@ -6,12 +15,14 @@ from configs import common
 def get_config(arg=""):
   """Returns the demo's config; `arg` may be "smoke"."""
   config = common.get_config()
-  config.total_kimg = 300.0
   config.batch_size = 32
+  config.total_kimg = 450.0
   config.steps_per_call = 20
+
   config.data.dataset = "sklearn_digits"
   config.data.image_size = 16
-  config.data.flip = False
+  config.data.flip = False  # a mirrored digit is none
+
   config.generator.width = 64
   config.generator.depth = 2
   config.generator.num_heads = 4
@@ -19,10 +30,24 @@ def get_config(arg=""):
   config.generator.latent_dim = 64
   config.generator.mapping_depth = 4
   config.generator.decoder_dim = 64
+  config.generator.position_scale = 2.0
+  config.generator.fourier_scale = 2.0
+
   config.discriminator.width = 64
   config.discriminator.depth = 2
   config.discriminator.num_heads = 4
   config.discriminator.mlp_dim = 256
+  config.discriminator.qk_gain = 0.35
+  config.discriminator.position_scale = 2.0
+
+  config.loss.bcr_weight = 1.0
+
+  config.augment.brightness = 0.2
+  config.augment.saturation = 0.0
+  config.augment.contrast = 0.0
+  config.augment.scaling = 0.0
+  config.augment.cutout = 0.25
+
   config.log_every_kimg = 5.0
   config.sample_every_kimg = 25.0
   config.checkpoint_every_kimg = 50.0
