@@ -93,7 +93,7 @@ def test_relative_entropy_is_the_mean_over_rows():
 
 def dense(params, x, gain=1.0):
   kernel = params["kernel"]
-  return x @ kernel * gain / np.sqrt(len(kernel)) + params["bias"]
+  return x @ kernel * gain / np.sqrt(len(kernel)) + params.get("bias", 0.0)
 
 
 def reference_attention(params, x, num_heads, kind, qk_gain=1.0):

@@ -1,6 +1,8 @@
 """Runs every test on eight CPU devices, compiled for speed of compilation."""
 
+import atexit
 import os
+import tempfile
 
 # Read when JAX starts its backend. Optimised code runs these toy sizes no
 # faster, and takes twice as long to compile.
@@ -8,7 +10,27 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
+# What tests download, prepare and compile, away from the user's own: programs
+# that several tests run, here and in subprocesses, are compiled once.
+_FOLDER = tempfile.TemporaryDirectory(prefix="vitgan_jax_tests_")
+atexit.register(_FOLDER.cleanup)
+os.environ["TFDS_DATA_DIR"] = os.path.join(_FOLDER.name, "datasets")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER.name, "programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 
-import jax
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+  """A finished run of configs/digits.py:smoke; nothing is written into it."""
+  from configs import digits
+  from tests import runs  # late: it imports the whole package
+
+  workdir = tmp_path_factory.mktemp("digits") / "run"
+  return runs.train_quietly(digits.get_config("smoke"), workdir)

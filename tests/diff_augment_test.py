@@ -323,6 +323,7 @@ def test_gradient_is_the_adjoint_of_the_transformation(strengths):
 
 
 def test_defaults_of_the_configs_keep_shape_and_type():
-  images = jnp.zeros((4, 8, 8, 3))
-  after = augment(jax.random.key(0), images, **tiny.tiny_config().augment)
-  assert after.shape == images.shape and after.dtype == jnp.float32
+  images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+  transform = functools.partial(augment, **tiny.tiny_config().augment)
+  after = jax.eval_shape(transform, jax.random.key(0), images)
+  assert (after.shape, after.dtype) == (images.shape, images.dtype)

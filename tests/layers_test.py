@@ -78,10 +78,9 @@ def test_bias_starts_at_bias_init(lr_multiplier):
   assert_allclose(y, [bias], rtol=1e-6)
 
 
-@pytest.mark.parametrize("fan_in", [16, 64])
-@pytest.mark.parametrize("lr_multiplier", [1.0, 0.1])
+@pytest.mark.parametrize("fan_in, lr_multiplier", [(16, 1.0), (64, 0.1)])
 def test_first_adam_step_moves_the_layer_by_its_multiplier(
-  lr_multiplier, fan_in
+  fan_in, lr_multiplier
 ):
   layer = Dense(4, lr_multiplier=lr_multiplier)
   x, learning_rate = normal(8, fan_in), 0.01

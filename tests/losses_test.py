@@ -84,10 +84,10 @@ def test_balanced_consistency_is_the_mean_squared_difference():
 
 
 def test_lecam_pulls_each_side_to_the_average_of_the_other():
-  logit_ema = {"real": 0.4, "fake": -0.9}
+  logit_ema = {"real": 0.5, "fake": -1.5}
   np.testing.assert_allclose(
     losses.lecam(*as_float32(REAL, FAKE), logit_ema),
-    np.mean((REAL + 0.9) ** 2) + np.mean((FAKE - 0.4) ** 2),
+    np.mean((REAL + 1.5) ** 2) + np.mean((FAKE - 0.5) ** 2),
     rtol=1e-6,
   )
 

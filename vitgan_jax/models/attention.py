@@ -71,15 +71,20 @@ class MultiHeadAttention(nn.Module):
     batch, num_tokens, width = x.shape
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
 
-    def project(name, gain=1.0):
+    def project(name, gain=1.0, use_bias=True):
       layer = TokenConv if self.conv else Dense
-      y = layer(width, gain=gain, name=name, **common)(x)
+      y = layer(width, use_bias, gain=gain, name=name, **common)(x)
       # Heads become part of the batch: [B * H, N, d].
       y = y.reshape(batch, num_tokens, self.num_heads, -1)
       return y.swapaxes(1, 2).reshape(batch * self.num_heads, num_tokens, -1)
 
-    queries = project("query", self.qk_gain)
-    keys = queries if self.kind == "l2" else project("key", self.qk_gain)
+    # A bias that shifts all keys alike cancels in the softmax: its gradient is
+    # rounding noise, which Adam would blow up to steps of full size.
+    if self.kind == "l2":
+      queries = keys = project("query", self.qk_gain, use_bias=False)
+    else:
+      queries = project("query", self.qk_gain)
+      keys = project("key", self.qk_gain, use_bias=False)
     values = project("value")
     weights = attention_weights(queries, keys, self.kind)
     self.sow("intermediates", "attention_entropy", relative_entropy(weights))

@@ -7,49 +7,59 @@ in every checkpoint: a resumed run that took sigma_init anew would normalise to
 another norm.
 """
 
+import functools
+
 from flax import linen as nn
-import jax
 from jax import lax
 import jax.numpy as jnp
-
-WARM_UP_ITERATIONS = 15  # A cold u under-estimates sigma by up to a third.
 
 
 def _unit(x):
   return x * lax.rsqrt(jnp.sum(x * x) + 1e-12)
 
 
-def _matvec(matrix, vector):
+def _product(a, b):
   # Default precision on a TPU would round both to bfloat16.
-  return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
+  return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def power_iteration(matrix, u, num_iterations=1):
-  """Returns `u` [out], closer to the first right singular vector of `matrix`.
+def power_iteration(matrix, u):
+  """Returns `u` [out], closer to the first right singular vector of a matrix.
 
   Args:
     matrix: [in, out], float32.
     u: [out], the estimate to start from.
-    num_iterations: products with `matrix.T @ matrix` to do.
   """
-  for _ in range(num_iterations):
-    u = _unit(_matvec(matrix.T, _unit(_matvec(matrix, u))))
-  return u
+  return _unit(_product(matrix.T, _unit(_product(matrix, u))))
+
+
+def leading_singular(matrix):
+  """Returns (u, sigma) of a matrix [in, out], exact to float32.
+
+  By the eigenvectors of the smaller Gram matrix: it compiles several times as
+  fast as an SVD, and a cold u would under-estimate sigma by up to a third.
+  """
+  is_wide = matrix.shape[0] < matrix.shape[1]
+  tall = matrix.T if is_wide else matrix
+  eigenvalues, eigenvectors = jnp.linalg.eigh(_product(tall.T, tall))
+  leading = eigenvectors[:, -1]
+  u = _unit(_product(matrix.T, leading)) if is_wide else leading
+  return u, jnp.sqrt(eigenvalues[-1])
 
 
 def spectral_sigma(matrix, u):
   """Returns the largest singular value of a matrix, as `u` shows it.
 
+  The gradient flows through `matrix` only: v and u count as constants (Miyato
+  et al. 2018, equation 12), which makes it `outer(v, u)`.
+
   Args:
     matrix: [in, out], float32.
     u: [out], about its first right singular vector.
-
-  The gradient flows through `matrix` only: v and u count as constants (Miyato
-  et al. 2018, equation 12), which makes it `outer(v, u)`.
   """
   u = lax.stop_gradient(u)
-  v = lax.stop_gradient(_unit(_matvec(matrix, u)))
-  return jnp.vdot(v, _matvec(matrix, u))
+  v = lax.stop_gradient(_unit(_product(matrix, u)))
+  return jnp.vdot(v, _product(matrix, u))
 
 
 class SpectralNorm(nn.Module):
@@ -71,15 +81,9 @@ class SpectralNorm(nn.Module):
     if self.kind == "none":
       return kernel
     matrix = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-
-    def warm_u():
-      u = jax.random.normal(self.make_rng("params"), matrix.shape[-1:])
-      return power_iteration(matrix, u, WARM_UP_ITERATIONS)
-
-    u = self.variable("spectral", "u", warm_u)
-    sigma_init = self.variable(
-      "spectral", "sigma_init", lambda: jnp.linalg.norm(matrix, ord=2)
-    )
+    leading = functools.cache(lambda: leading_singular(matrix))
+    u = self.variable("spectral", "u", lambda: leading()[0])
+    sigma_init = self.variable("spectral", "sigma_init", lambda: leading()[1])
     if self.is_mutable_collection("spectral") and not self.is_initializing():
       u.value = power_iteration(lax.stop_gradient(matrix), u.value)
     target = {"isn": sigma_init.value, "sn": 1.0}[self.kind]

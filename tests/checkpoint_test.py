@@ -1,0 +1,152 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vitgan_jax import checkpoint, partitioning
+from vitgan_jax import config as config_lib
+from vitgan_jax.train_state import GANState, create_train_state
+
+CONFIG = tiny.tiny_config()
+SHAPES = jax.eval_shape(lambda: create_train_state(CONFIG))
+
+
+def replicated(num_devices):
+  return partitioning.replicated(
+    partitioning.create_mesh(jax.devices()[:num_devices])
+  )
+
+
+def random_state(step, seed=0):
+  """Returns a GANState in which no two leaves are alike, nor as at init."""
+  rng = np.random.default_rng(seed)
+
+  def fill(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key(rng.integers(2**31))
+    return rng.integers(1, 2**20, leaf.shape).astype(leaf.dtype)
+
+  state = jax.tree.map(fill, SHAPES).replace(step=np.int32(step))
+  return jax.device_put(state, replicated(8))
+
+
+def small_state(step):
+  """Returns a GANState of a few numbers."""
+  fields = {field.name: np.ones(2) for field in dataclasses.fields(GANState)}
+  return GANState(**{**fields, "step": np.int32(step)})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """Returns (workdir, {step: state}) of two checkpoints."""
+  workdir = tmp_path_factory.mktemp("saved")
+  states = {step: random_state(step, seed=step) for step in (3, 7)}
+  with checkpoint.create_manager(workdir) as manager:
+    for state in states.values():
+      checkpoint.save(manager, state)
+  return workdir, states
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, num_devices):
+  workdir, states = saved
+  sharding = replicated(num_devices)
+  with checkpoint.create_manager(workdir) as manager:
+    state = checkpoint.restore(manager, CONFIG, sharding)
+  tiny.assert_bit_equal(state, states[7])
+  assert state.key.dtype == states[7].key.dtype
+  for name, leaf in tiny.leaves_by_name(state).items():
+    assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
+
+
+def test_state_holds_all_that_a_run_needs(saved):
+  names = tiny.leaves_by_name(saved[1][7]).keys()
+  for part in (
+    "step",
+    "key",
+    "g_params/",
+    "g_ema_params/",
+    "d_params/",
+    "d_spectral/embedding/norm/u",
+    "d_spectral/embedding/norm/sigma_init",
+    "g_opt_state/",
+    "d_opt_state/",
+    "logit_ema/real",
+  ):
+    assert any(name.startswith(part) for name in names), part
+
+
+def test_earlier_step_can_be_asked_for(saved):
+  workdir, states = saved
+  with checkpoint.create_manager(workdir) as manager:
+    state = checkpoint.restore(manager, CONFIG, replicated(8), step=3)
+  tiny.assert_bit_equal(state, states[3])
+
+
+def test_missing_step_is_an_error_that_names_it(saved):
+  with checkpoint.create_manager(saved[0]) as manager:
+    with pytest.raises(config_lib.ConfigError, match="of step 5 in"):
+      checkpoint.restore(manager, CONFIG, replicated(8), step=5)
+
+
+def test_missing_step_zero_is_an_error_that_names_it(saved):
+  with checkpoint.create_manager(saved[0]) as manager:
+    with pytest.raises(config_lib.ConfigError, match="of step 0 in"):
+      checkpoint.restore(manager, CONFIG, replicated(8), step=0)
+
+
+def test_workdir_without_checkpoints_is_an_error(tmp_path):
+  with checkpoint.create_manager(tmp_path) as manager:
+    with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
+      checkpoint.restore(manager, CONFIG, replicated(8))
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [("generator.width", 32), ("generator.depth", 2), ("discriminator.depth", 2)],
+)
+def test_checkpoint_of_another_model_is_an_error_of_one_line(
+  saved, field, value
+):
+  config = tiny.tiny_config({field: value})
+  with checkpoint.create_manager(saved[0]) as manager:
+    with pytest.raises(config_lib.ConfigError) as error:
+      checkpoint.restore(manager, config, replicated(8))
+  assert str(saved[0]) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "keep, kept", [(1, [4]), (2, [3, 4]), (None, [1, 2, 3, 4])]
+)
+def test_last_checkpoints_are_kept(tmp_path, keep, kept):
+  with checkpoint.create_manager(tmp_path, keep) as manager:
+    for step in range(1, 5):
+      checkpoint.save(manager, small_state(step))
+  with checkpoint.create_manager(tmp_path) as manager:
+    assert sorted(manager.all_steps()) == kept
+    assert manager.latest_step() == 4
+
+
+def test_checkpoint_of_a_step_is_not_written_over(tmp_path):
+  with checkpoint.create_manager(tmp_path) as manager:
+    checkpoint.save(manager, random_state(1, seed=0))
+    checkpoint.save(manager, random_state(1, seed=1))
+    manager.wait_until_finished()
+    state = checkpoint.restore(manager, CONFIG, replicated(8))
+  tiny.assert_bit_equal(state, random_state(1, seed=0))
+
+
+def test_saved_state_may_be_donated_at_once(tmp_path):
+  overwrite = jax.jit(
+    lambda x: jax.tree.map(lambda leaf: leaf * 0 - 1, x), donate_argnums=0
+  )
+  state = random_state(1)
+  with checkpoint.create_manager(tmp_path) as manager:
+    checkpoint.save(manager, state)
+    overwrite(state.g_params)
+    manager.wait_until_finished()
+    restored = checkpoint.restore(manager, CONFIG, replicated(8))
+  tiny.assert_bit_equal(restored, random_state(1))

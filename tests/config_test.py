@@ -1,0 +1,194 @@
+import json
+import math
+
+import ml_collections
+import pytest
+
+from tests import runs, tiny
+from vitgan_jax import config as config_lib
+
+CHOICES = {
+  "dtype": ["float32", "bfloat16"],
+  "generator.latent_injection": ["sln", "add", "token"],
+  "generator.attention": ["dot", "l2"],
+  "generator.patch_decoder": ["implicit", "implicit_concat", "linear", "conv"],
+  "discriminator.attention": ["l2", "dot"],
+  "discriminator.spectral_norm": ["isn", "sn", "none"],
+  "loss.adversarial": ["non_saturating", "hinge", "wasserstein", "rpgan"],
+}
+
+
+@pytest.mark.parametrize(
+  "field, value", [(f, v) for f, values in CHOICES.items() for v in values]
+)
+def test_every_choice_is_valid(field, value):
+  config_lib.validate(tiny.tiny_config({field: value}))
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_another_choice_is_an_error_that_names_the_field(field):
+  with pytest.raises(config_lib.ConfigError, match=f"config.{field}='other'"):
+    config_lib.validate(tiny.tiny_config({field: "other"}))
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("batch_size", 0),
+    ("batch_size", -8),
+    ("total_kimg", 0.0),
+    ("total_kimg", math.nan),
+    ("total_kimg", math.inf),
+    ("steps_per_call", 0),
+    ("seed", -1),
+    ("data.image_size", 0),
+    ("generator.width", 0),
+    ("generator.depth", 0),
+    ("generator.num_heads", -1),
+    ("generator.patch_size", 0),
+    ("discriminator.mlp_dim", 0),
+    ("discriminator.overlap", -1),
+    ("generator.mapping_depth", -1),
+    ("optimizer.g_learning_rate", 0.0),
+    ("optimizer.d_learning_rate", -1e-3),
+    ("optimizer.b2", 1.5),
+    ("augment.probability", -0.1),
+    ("augment.cutout", 1.1),
+    ("ema.half_life_kimg", 0.0),
+    ("checkpoint_every_kimg", 0.0),
+    ("keep_checkpoints", 0),
+  ],
+)
+def test_value_out_of_range_is_an_error_that_names_the_field(field, value):
+  with pytest.raises(config_lib.ConfigError, match=f"config.{field}="):
+    config_lib.validate(tiny.tiny_config({field: value}))
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_patch_must_divide_the_image(network):
+  config = tiny.tiny_config({f"{network}.patch_size": 3})
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.validate(config)
+  assert f"config.{network}.patch_size=3" in str(error.value)
+  assert "config.data.image_size=8" in str(error.value)
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_heads_must_divide_the_width(network):
+  config = tiny.tiny_config({f"{network}.num_heads": 5})
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.validate(config)
+  assert f"config.{network}.num_heads=5" in str(error.value)
+  assert f"config.{network}.width=16" in str(error.value)
+
+
+def test_convolutional_decoder_needs_a_power_of_two():
+  fields = {
+    "data.image_size": 24,
+    "generator.patch_size": 6,
+    "discriminator.patch_size": 6,
+  }
+  config_lib.validate(tiny.tiny_config(fields))
+  config = tiny.tiny_config({**fields, "generator.patch_decoder": "conv"})
+  with pytest.raises(config_lib.ConfigError, match="power of two"):
+    config_lib.validate(config)
+
+
+def test_messages_are_one_line():
+  for field in [*CHOICES, "augment.probability", "batch_size"]:
+    bad = "other" if field in CHOICES else -1
+    with pytest.raises(config_lib.ConfigError) as error:
+      config_lib.validate(tiny.tiny_config({field: bad}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("total_kimg", [0.001, 0.064, 0.065, 1.0])
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_total_steps_are_the_fewest_whole_calls(total_kimg, steps_per_call):
+  config = tiny.tiny_config(
+    total_kimg=total_kimg, steps_per_call=steps_per_call
+  )
+  steps = steps_per_call
+  while steps * config.batch_size < total_kimg * 1000:
+    steps += steps_per_call
+  assert config_lib.total_steps(config) == steps
+
+
+def test_flatten_has_every_field_by_its_dotted_name():
+  config = ml_collections.ConfigDict({"a": 1, "b": {"c": 2, "d": {"e": "x"}}})
+  assert config_lib.flatten(config) == {"a": 1, "b.c": 2, "b.d.e": "x"}
+
+
+def test_workdir_returns_the_config_that_made_it(tmp_path):
+  config = tiny.tiny_config()
+  config_lib.claim_workdir(config, tmp_path / "a" / "run")
+  loaded = config_lib.load(tmp_path / "a" / "run")
+  assert loaded == config
+  assert list(runs.snapshot(tmp_path / "a" / "run")) == ["config.json"]
+  with pytest.raises(AttributeError):
+    loaded.batchsize = 1
+
+
+def test_types_survive_the_file(tmp_path):
+  config = tiny.tiny_config()
+  config_lib.claim_workdir(config, tmp_path)
+  loaded = config_lib.flatten(config_lib.load(tmp_path))
+  for field, value in config_lib.flatten(config).items():
+    assert type(loaded[field]) is type(value), field
+
+
+def test_same_config_may_claim_its_workdir_again(tmp_path):
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+  before = runs.snapshot(tmp_path)
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+  assert runs.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+  "field, value", [("total_kimg", 1.0), ("data.data_dir", "elsewhere")]
+)
+def test_run_may_be_prolonged_and_its_data_moved(tmp_path, field, value):
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+  config_lib.claim_workdir(tiny.tiny_config({field: value}), tmp_path)
+  assert config_lib.flatten(config_lib.load(tmp_path))[field] == value
+
+
+def test_another_config_is_refused_and_the_workdir_left_alone(tmp_path):
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+  before = runs.snapshot(tmp_path)
+  config = tiny.tiny_config({"seed": 7, "generator.depth": 9})
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.claim_workdir(config, tmp_path)
+  assert "seed is 0 there and 7 here" in str(error.value)
+  assert "generator.depth is 1 there and 9 here" in str(error.value)
+  assert "\n" not in str(error.value)
+  assert runs.snapshot(tmp_path) == before
+
+
+def test_workdir_of_an_older_version_is_refused(tmp_path):
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+  path = config_lib.config_path(tmp_path)
+  fields = json.loads(path.read_text())
+  del fields["seed"]
+  path.write_text(json.dumps(fields))
+  with pytest.raises(config_lib.ConfigError, match="seed"):
+    config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{", '["a", "list"]', ""])
+def test_folder_without_a_readable_config_is_an_error(tmp_path, content):
+  if content is not None:
+    (tmp_path / "config.json").write_text(content)
+  before = runs.snapshot(tmp_path)
+  with pytest.raises(config_lib.ConfigError, match=str(tmp_path)) as error:
+    config_lib.load(tmp_path)
+  assert "\n" not in str(error.value)
+  assert runs.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/run"])
+def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(config_lib.ConfigError, match="file"):
+    config_lib.claim_workdir(tiny.tiny_config(), tmp_path / workdir)
+  assert (tmp_path / "file").read_text() == ""

@@ -1,0 +1,117 @@
+import importlib
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import configs
+from configs import celeba64
+from vitgan_jax import config as config_lib
+from vitgan_jax import partitioning
+from vitgan_jax.gan_step import make_train_step
+from vitgan_jax.train_state import create_train_state
+
+# Parameters of the generator and of the discriminator. A new config gets its
+# entries here; a change of an old one belongs in its docstring too.
+NUM_PARAMETERS = {
+  "celeba64": (16_108_035, 10_202_881),
+  "celeba64:smoke": (20_227, 33_313),
+  "cifar10": (11_380_227, 6_729_217),
+  "cifar10:smoke": (20_227, 14_881),
+  "digits": (170_499, 108_417),
+  "digits:smoke": (20_227, 14_881),
+  "lsun_bedroom64": (16_108_035, 10_202_881),
+  "lsun_bedroom64:smoke": (20_227, 33_313),
+}
+
+MODULES = sorted(
+  path.stem
+  for path in pathlib.Path(configs.__file__).parent.glob("*.py")
+  if path.stem not in ("__init__", "common")
+)
+
+
+def get_config(name):
+  module, _, argument = name.partition(":")
+  return importlib.import_module(f"configs.{module}").get_config(argument)
+
+
+def num_parameters(params):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def test_every_config_has_its_parameters_pinned():
+  names = {name for m in MODULES for name in (m, f"{m}:smoke")}
+  assert names == NUM_PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
+def test_config_is_valid_and_its_training_step_traces(name):
+  config = get_config(name)
+  config_lib.validate(config)
+  state = jax.eval_shape(lambda: create_train_state(config))
+  assert NUM_PARAMETERS[name] == (
+    num_parameters(state.g_params),
+    num_parameters(state.d_params),
+  )
+  size = config.data.image_size
+  next_state, metrics = jax.eval_shape(
+    make_train_step(config, partitioning.create_mesh()),
+    state,
+    jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+    state.key,
+  )
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), next_state) == (
+    jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  )
+  assert {"loss/d", "loss/g", "scores/real", "scores/fake"} <= metrics.keys()
+
+
+def test_generator_of_64_pixels_with_convolutions_is_the_published_size():
+  config = celeba64.get_config()
+  config.generator.conv_qkv = True
+  state = jax.eval_shape(lambda: create_train_state(config))
+  assert num_parameters(state.g_params) == pytest.approx(37.3e6, rel=0.03)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_smoke_is_the_same_experiment_within_64_images(module):
+  config, smoke = get_config(module), get_config(f"{module}:smoke")
+  assert config_lib.total_steps(smoke) * smoke.batch_size <= 64
+  assert smoke.data == config.data
+  old, new = config_lib.flatten(config), config_lib.flatten(smoke)
+  assert old.keys() == new.keys()
+  for field, value in old.items():
+    # A switch of the model or of the objective is not a matter of size.
+    assert not isinstance(value, str | bool) or new[field] == value, field
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_unknown_argument_is_an_error(module):
+  with pytest.raises(ValueError, match="'tiny': only 'smoke'"):
+    get_config(f"{module}:tiny")
+
+
+@pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
+def test_unknown_field_is_an_error(name):
+  config = get_config(name)
+  with pytest.raises(AttributeError):
+    config.batchsize = 1
+  with pytest.raises(AttributeError):
+    config.generator.widht = 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_gives_the_command_that_runs_the_config(module):
+  docstring = importlib.import_module(f"configs.{module}").__doc__
+  assert f"vitgan_jax.main --config=configs/{module}.py" in docstring
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_logs_samples_and_checkpoints_come_within_the_run(module):
+  for argument in ("", ":smoke"):
+    config = get_config(module + argument)
+    for what in ("log", "sample", "checkpoint"):
+      assert config[f"{what}_every_kimg"] <= config.total_kimg

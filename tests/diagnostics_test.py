@@ -1,0 +1,149 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from tests import tiny
+from vitgan_jax.diagnostics import make_diagnostics
+from vitgan_jax.train_state import build_models, create_train_state
+
+CONFIG = digits.get_config("smoke")
+CONFIG.discriminator.depth = 2
+IMAGES = tiny.random_images(CONFIG)
+LATENTS = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def state(digits_run):
+  """Returns a trained state whose discriminator has its block twice."""
+  trained = digits_run.state
+
+  def twice(tree):
+    return {**tree, "block1": jax.tree.map(jnp.copy, tree["block0"])}
+
+  return trained.replace(
+    d_params=twice(trained.d_params), d_spectral=twice(trained.d_spectral)
+  )
+
+
+@pytest.fixture(scope="module")
+def diagnose():
+  diagnostics = make_diagnostics(CONFIG)
+  return lambda state: {
+    key: float(value)
+    for key, value in diagnostics(state, IMAGES, LATENTS).items()
+  }
+
+
+def scale_d_kernel(state, factor, *path):
+  """Returns the state with one kernel of the discriminator scaled."""
+
+  def scale(tree, path):
+    if not path:
+      return tree * factor
+    return {**tree, path[0]: scale(tree[path[0]], path[1:])}
+
+  return state.replace(d_params=scale(state.d_params, (*path, "kernel")))
+
+
+def set_query_gain(state, gain, block):
+  """Scales query and key of a block, whose norm ISN would else restore."""
+  query = (f"block{block}", "attention", "query")
+  spectral = jax.tree.map(jnp.copy, state.d_spectral)
+  norm = spectral[query[0]][query[1]][query[2]]["norm"]
+  norm["sigma_init"] = norm["sigma_init"] * gain
+  return state.replace(d_spectral=spectral)
+
+
+def test_attention_to_all_tokens_alike_has_entropy_one(state, diagnose):
+  for block in range(2):
+    state = set_query_gain(state, 0.0, block)
+  scalars = diagnose(state)
+  np.testing.assert_allclose(scalars["attention/entropy_min"], 1, rtol=1e-5)
+  np.testing.assert_allclose(scalars["attention/entropy_mean"], 1, rtol=1e-5)
+
+
+def test_attention_of_each_token_to_itself_has_entropy_zero(state, diagnose):
+  for block in range(2):
+    state = set_query_gain(state, 1e3, block)
+  scalars = diagnose(state)
+  assert abs(scalars["attention/entropy_mean"]) < 1e-5
+
+
+def test_least_entropy_of_the_blocks_and_their_mean_are_told_apart(
+  state, diagnose
+):
+  state = set_query_gain(set_query_gain(state, 0.0, 0), 1e3, 1)
+  scalars = diagnose(state)
+  np.testing.assert_allclose(scalars["attention/entropy_min"], 0, atol=1e-5)
+  np.testing.assert_allclose(scalars["attention/entropy_mean"], 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["embedding", "block0/mlp_in", "head_out"])
+def test_growth_is_that_of_the_kernel_that_grew_most(state, diagnose, layer):
+  state = scale_d_kernel(state, 0.1, "block1", "attention", "out")
+  state = scale_d_kernel(state, 3.0, *layer.split("/"))
+  spectral = tiny.leaves_by_name(state.d_spectral)
+  growth = {}
+  for name, kernel in tiny.leaves_by_name(state.d_params).items():
+    if name.endswith("/kernel"):
+      name = name.removesuffix("/kernel")
+      gain = CONFIG.discriminator.qk_gain if name.endswith("/query") else 1.0
+      sigma = np.linalg.norm(kernel, ord=2) * gain / np.sqrt(len(kernel))
+      growth[name] = sigma / spectral[f"{name}/norm/sigma_init"]
+  assert max(growth, key=growth.get) == layer
+  # One power iteration a step: the estimate is from below, and close.
+  np.testing.assert_allclose(
+    diagnose(state)["sigma/growth_max"], growth[layer], rtol=0.01
+  )
+
+
+def test_diversity_is_that_of_the_averaged_generator(state, diagnose):
+  generator, _ = build_models(CONFIG)
+  generate = jax.jit(generator.apply)
+  images = np.asarray(
+    generate({"params": state.g_ema_params}, LATENTS), np.float64
+  )
+  state = state.replace(
+    g_params=jax.tree.map(lambda x: x * jnp.nan, state.g_params)
+  )
+  scalars = diagnose(state)
+  mean = sum(images) / len(images)
+  variance = sum((image - mean) ** 2 for image in images) / len(images)
+  np.testing.assert_allclose(
+    scalars["diversity/std_over_latents"], np.sqrt(variance).mean(), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    scalars["diversity/std_of_mean_image"],
+    np.sqrt(((mean - mean.mean()) ** 2).mean()),
+    rtol=1e-4,
+  )
+
+
+def test_one_image_for_all_latents_has_no_diversity(state, diagnose):
+  blind = jax.tree.map(jnp.copy, state.g_ema_params)
+  blind["mapping"] = jax.tree.map(jnp.zeros_like, blind["mapping"])
+  scalars = diagnose(state.replace(g_ema_params=blind))
+  assert scalars["diversity/std_over_latents"] < 1e-6
+  assert scalars["diversity/std_of_mean_image"] > 0.01
+
+
+def test_measuring_leaves_the_power_iteration_alone(state, diagnose):
+  before = tiny.to_host(state)
+  assert diagnose(state) == diagnose(state)
+  tiny.assert_bit_equal(state, before)
+
+
+def test_without_spectral_normalisation_the_scalars_are_finite():
+  config = tiny.tiny_config({"discriminator.spectral_norm": "none"})
+  shapes = jax.eval_shape(lambda: create_train_state(config))
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32),
+    shapes.replace(step=None, key=None),
+  )
+  images = tiny.random_images(config)
+  scalars = make_diagnostics(config)(state, images, LATENTS[:, :16])
+  # A NaN would also make a line that strict readers of JSON refuse.
+  assert all(np.isfinite(value) for value in scalars.values()), scalars

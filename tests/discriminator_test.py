@@ -1,0 +1,209 @@
+"""Tests of the discriminator as a whole."""
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.testing import assert_allclose
+import pytest
+
+from configs import common
+from vitgan_jax.models.attention import TransformerBlock
+from vitgan_jax.models.discriminator import Discriminator
+from vitgan_jax.models.layers import LayerNorm
+
+SMALL = dict(
+  image_size=8,
+  patch_size=4,
+  overlap=2,
+  width=16,
+  depth=1,
+  num_heads=2,
+  mlp_dim=24,
+)
+
+
+def normal(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape).astype(np.float32)
+
+
+def make_discriminator(**overrides):
+  """Returns the default discriminator with other fields."""
+  return Discriminator(**{**common.get_config().discriminator, **overrides})
+
+
+def leaves(tree):
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def init(module, *args):
+  """Returns variables with noise on all parameters, also on zeros."""
+  variables = jax.jit(module.init)(jax.random.key(0), *args)
+  params = jax.tree.map(
+    lambda p: np.asarray(p) + normal(*p.shape), variables["params"]
+  )
+  return {**variables, "params": params}
+
+
+def dense(params, x):
+  kernel = params["kernel"]
+  return x @ kernel / np.sqrt(len(kernel)) + params.get("bias", 0.0)
+
+
+def gelu(x):
+  return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def reference_tokens(params, images, overlap, position_scale):
+  """Returns [class token ; patches + positions] of 8 x 8 images, P = 4."""
+  border = (overlap, overlap)
+  padded = np.pad(images, [(0, 0), border, border, (0, 0)])
+  tokens = [np.broadcast_to(params["class_token"][0], (len(images), 16))]
+  for i, j in np.ndindex(2, 2):
+    window = padded[
+      :, 4 * i : 4 * (i + 1) + 2 * overlap, 4 * j : 4 * (j + 1) + 2 * overlap
+    ]
+    patch = window.reshape(len(images), -1)
+    centre = np.array([i - 0.5, j - 0.5])
+    frequencies = position_scale * params["positions"]["frequencies"]
+    tokens.append(
+      dense(params["embedding"], patch) + np.sin(centre @ frequencies)
+    )
+  return np.stack(tokens, axis=1)
+
+
+@pytest.mark.parametrize("overlap", [0, 2, 4])
+def test_discriminator_matches_its_parts(overlap):
+  discriminator = make_discriminator(
+    **{**SMALL, "overlap": overlap}, spectral_norm="none", position_scale=2.0
+  )
+  images = normal(3, 8, 8, 3)
+  variables = init(discriminator, images)
+  params = variables["params"]
+  block = TransformerBlock(
+    LayerNorm,
+    24,
+    dict(num_heads=2, kind="l2", conv=False, qk_gain=discriminator.qk_gain),
+  )
+  tokens = reference_tokens(params, images, overlap, 2.0)
+  h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
+  y = np.asarray(h[:, 0])  # the class token
+  y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+  norm = params["norm_out"]["norm"]
+  y = y * norm["scale"] + norm["bias"]
+  expected = dense(params["head_out"], gelu(dense(params["head_in"], y)))[:, 0]
+  logits = jax.jit(discriminator.apply)(variables, images)
+  assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spectral_norm", ["isn", "sn", "none"])
+@pytest.mark.parametrize("conv_qkv", [False, True])
+@pytest.mark.parametrize("attention", ["l2", "dot"])
+def test_every_switch_traces_to_logits(attention, conv_qkv, spectral_norm):
+  discriminator = make_discriminator(
+    **SMALL, attention=attention, conv_qkv=conv_qkv, spectral_norm=spectral_norm
+  )
+  logits, variables = jax.eval_shape(
+    discriminator.init_with_output, jax.random.key(0), normal(3, 8, 8, 3)
+  )
+  assert logits.shape == (3,)
+  assert logits.dtype == jnp.float32
+  params = traverse_util.flatten_dict(variables["params"])
+  kernels = {path[:-1] for path in params if path[-1] == "kernel"}
+  # Embedding, head (2), MLP (2), output, value and the query, and the key.
+  assert len(kernels) == (8 if attention == "l2" else 9)
+  # Every kernel is normalised, and nothing else.
+  expected = {
+    (*path, "norm", name) for path in kernels for name in ("u", "sigma_init")
+  }
+  if spectral_norm == "none":
+    expected = set()
+  collection = variables.get("spectral", {})
+  assert set(traverse_util.flatten_dict(collection)) == expected
+
+
+@pytest.fixture(scope="module")
+def small():
+  """Returns (discriminator, variables, images) of the toy size."""
+  discriminator, images = make_discriminator(**SMALL), normal(4, 8, 8, 3)
+  return discriminator, init(discriminator, images), images
+
+
+@pytest.mark.parametrize("shift", [100.0, -100.0])
+def test_logits_are_not_squashed(small, shift):
+  discriminator, variables, images = small
+  params = variables["params"]
+  head = {**params["head_out"], "bias": params["head_out"]["bias"] + shift}
+  shifted = {**variables, "params": {**params, "head_out": head}}
+  apply = jax.jit(discriminator.apply)
+  expected = apply(variables, images) + shift
+  assert_allclose(apply(shifted, images), expected, rtol=1e-6)
+
+
+def test_second_call_makes_no_parameters(small):
+  discriminator, variables, images = small
+  _, state = jax.eval_shape(
+    lambda v: discriminator.apply(v, images, mutable=True), variables
+  )
+  for collection in ("params", "spectral"):
+    names = leaves(variables[collection]).keys()
+    assert leaves(state[collection]).keys() == names
+
+
+def test_every_parameter_is_trained(small):
+  discriminator, variables, images = small
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    return jnp.mean(
+      discriminator.apply({**variables, "params": params}, images) ** 2
+    )
+
+  for name, leaf in leaves(gradient(variables["params"])).items():
+    assert np.any(leaf != 0), name
+
+
+def test_bfloat16_logits_are_close_to_float32_ones(small):
+  discriminator, variables, images = small
+  bfloat16 = discriminator.clone(dtype=jnp.bfloat16)
+  shapes = jax.eval_shape(bfloat16.init, jax.random.key(0), images)
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  expected = jax.jit(discriminator.apply)(variables, images)
+  logits = jax.jit(bfloat16.apply)(variables, images)
+  assert logits.dtype == jnp.float32
+  # The last layer is float32 too: its output is not a bfloat16 number.
+  assert np.all(logits != logits.astype(jnp.bfloat16))
+  # Some twenty roundings by 2**-9 one after the other.
+  assert_allclose(logits, expected, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+  "qk_gain, lowest, highest", [(None, 0.5, 0.99), (1.0, 0.0, 0.05)]
+)
+def test_attention_entropy_at_init(qk_gain, lowest, highest):
+  # At gain 1 and 64 dimensions a head, L2 attention is the identity, and
+  # spectral normalisation freezes the scale that makes it so.
+  config = common.get_config().discriminator
+  if qk_gain is None:
+    qk_gain = config.qk_gain
+  discriminator = make_discriminator(
+    image_size=32,
+    depth=2,
+    mlp_dim=64,
+    qk_gain=qk_gain,
+    spectral_norm="none",  # at init "isn" is this, but for seconds of SVD
+  )
+  assert config.width // config.num_heads == 64
+  images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3))
+
+  @jax.jit
+  def entropies(key):
+    _, state = discriminator.init_with_output(
+      key, images, mutable=["params", "intermediates"]
+    )
+    return state["intermediates"]
+
+  for layer in jax.tree.leaves(entropies(jax.random.key(0))):
+    assert lowest < layer < highest

@@ -1,0 +1,158 @@
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import (
+  EventAccumulator,
+)
+
+from tests import tiny
+from vitgan_jax import monitor
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that the test sets."""
+
+  class Clock:
+    now = 1000.0
+
+  monkeypatch.setattr(monitor.time, "monotonic", lambda: Clock.now)
+  return Clock
+
+
+def test_progress_line_has_rate_and_time_left(clock, capsys):
+  config = tiny.tiny_config(batch_size=8, total_kimg=80.0)
+  progress = monitor.Progress(config, first_step=0, total_steps=10_000)
+  assert progress.report(100, {"loss/g": 0.5}) == {"kimg": 0.8}
+  clock.now += 4.0
+  scalars = progress.report(300, {"loss/g": 0.25, "loss/d": 1.23456})
+  # 200 steps in 4 s are 400 images/s; 9,700 steps are left.
+  assert scalars == {"kimg": 2.4, "images_per_sec": 400.0}
+  first, second = capsys.readouterr().out.splitlines()
+  assert first == "0.8/80 kimg  loss/g 0.500"
+  assert second == (
+    "2.4/80 kimg  400 images/s  ETA 0:03:14  loss/d 1.235  loss/g 0.250"
+  )
+
+
+def test_rate_is_of_the_steps_since_the_last_line(clock, capsys):
+  config = tiny.tiny_config(batch_size=8, total_kimg=80.0)
+  progress = monitor.Progress(config, first_step=0, total_steps=10_000)
+  rates = []
+  for step, seconds in [(100, 60.0), (200, 4.0), (300, 2.0)]:
+    clock.now += seconds
+    rates.append(progress.report(step, {}).get("images_per_sec"))
+  assert rates == [None, 200.0, 400.0]  # the first call compiles
+  assert capsys.readouterr().out.count("ETA") == 2
+
+
+def test_resumed_run_reports_its_own_rate(clock, capsys):
+  config = tiny.tiny_config(batch_size=8, total_kimg=80.0)
+  progress = monitor.Progress(config, first_step=5000, total_steps=10_000)
+  assert "images_per_sec" not in progress.report(5100, {})
+  clock.now += 1.0
+  assert progress.report(5200, {})["images_per_sec"] == 800.0
+  assert "41.6/80 kimg" in capsys.readouterr().out
+
+
+def read_lines(workdir):
+  """Returns the scalars of metrics.jsonl, read strictly."""
+
+  def refuse(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+  return [
+    json.loads(line, parse_constant=refuse)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+
+
+def read_events(workdir):
+  """Returns ({tag: {step: scalar}}, {tag: {step: pixels}}) of TensorBoard."""
+  import tensorflow as tf
+
+  accumulator = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+  accumulator.Reload()
+  scalars, images = {}, {}
+  for tag in accumulator.Tags()["tensors"]:
+    metadata = accumulator.SummaryMetadata(tag)
+    for event in accumulator.Tensors(tag):
+      value = tf.make_ndarray(event.tensor_proto)
+      if metadata.plugin_data.plugin_name == "images":
+        pixels = tf.io.decode_png(value[2]).numpy()  # after width and height
+        images.setdefault(tag, {})[event.step] = pixels
+      else:
+        scalars.setdefault(tag, {})[event.step] = float(value)
+  return scalars, images
+
+
+def test_scalars_and_images_are_in_both_files(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (1, 6, 9, 3), np.uint8)
+  with monitor.MetricWriter(tmp_path) as writer:
+    writer.write(2, {"loss/d": 0.5})
+    writer.write(4, {"loss/d": 0.25, "loss/g": 1.5}, {"samples": image})
+  assert read_lines(tmp_path) == [
+    {"step": 2, "loss/d": 0.5},
+    {"step": 4, "loss/d": 0.25, "loss/g": 1.5},
+  ]
+  scalars, images = read_events(tmp_path)
+  assert scalars == {"loss/d": {2: 0.5, 4: 0.25}, "loss/g": {4: 1.5}}
+  assert images.keys() == {"samples"}
+  np.testing.assert_array_equal(images["samples"][4], image[0])
+
+
+def test_resumed_writer_adds_its_lines(tmp_path):
+  for step in (2, 4):
+    with monitor.MetricWriter(tmp_path) as writer:
+      writer.write(step, {"loss/d": float(step)})
+  assert [line["step"] for line in read_lines(tmp_path)] == [2, 4]
+  assert read_events(tmp_path)[0] == {"loss/d": {2: 2.0, 4: 4.0}}
+
+
+def test_only_the_first_process_writes_and_prints(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with monitor.MetricWriter(tmp_path) as writer:
+    image = np.zeros((1, 2, 2, 3), np.uint8)
+    writer.write(2, {"loss/d": 0.5}, {"samples": image})
+  progress = monitor.Progress(tiny.tiny_config(), 0, 8)
+  progress.report(2, {"loss/d": 0.5})
+  assert not list(tmp_path.iterdir())
+  assert not capsys.readouterr().out
+
+
+def test_run_shows_its_losses_and_diagnostics(digits_run):
+  lines = read_lines(digits_run.workdir)
+  by_step = {}
+  for line in lines:
+    by_step.setdefault(line["step"], {}).update(line)
+  assert sorted(by_step) == [2, 4, 6, 8]
+  for step, line in by_step.items():
+    names = {"loss/d", "loss/g", "scores/real", "scores/fake", "penalty/bcr"}
+    assert names <= line.keys()
+    assert line["kimg"] == step * 8 / 1000
+  for step in (4, 8):
+    assert {
+      "attention/entropy_min",
+      "attention/entropy_mean",
+      "sigma/growth_max",
+      "diversity/std_over_latents",
+      "diversity/std_of_mean_image",
+    } <= by_step[step].keys()
+  scalars, _ = read_events(digits_run.workdir)
+  for line in lines:
+    for name in line.keys() - {"step"}:
+      assert scalars[name][line["step"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_run_shows_its_progress(digits_run):
+  lines = [x for x in digits_run.output.splitlines() if "kimg  " in x]
+  assert [line.split()[0] for line in lines] == [
+    f"{kimg}/0.064" for kimg in ("0.016", "0.032", "0.048", "0.064")
+  ]
+  for line in lines[1:]:
+    assert re.search(r"  \d+ images/s  ETA \d+:\d\d:\d\d  loss/d ", line)

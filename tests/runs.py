@@ -1,0 +1,77 @@
+"""Training runs and commands, as the tests start them."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+from unittest import mock
+
+import jax
+
+from vitgan_jax import partitioning, sample, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run left behind."""
+
+  workdir: pathlib.Path
+  config: Any
+  state: Any
+  output: str  # what it printed
+
+
+def train_quietly(config, workdir, num_devices=8):
+  """Trains, with few images in a batch of samples; returns the Run."""
+  output = io.StringIO()
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  with (
+    contextlib.redirect_stdout(output),
+    mock.patch.object(partitioning, "create_mesh", lambda: mesh),
+    mock.patch.object(sample, "BATCH_SIZE", 16 // num_devices),
+  ):
+    state = train.train_and_evaluate(config, workdir)
+  return Run(pathlib.Path(workdir), config, state, output.getvalue())
+
+
+def start_main(*arguments, cwd, **variables):
+  """Starts the command line on eight devices; returns the Popen."""
+  path = os.pathsep.join([*variables.pop("path", ()), str(ROOT)])
+  return subprocess.Popen(
+    [sys.executable, "-m", "vitgan_jax.main", *arguments],
+    cwd=cwd,
+    env={
+      **os.environ,
+      "JAX_NUM_CPU_DEVICES": "8",
+      "PYTHONPATH": path,
+      **variables,
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run_main(*arguments, cwd, **variables):
+  """Runs the command line to its end; returns (exit code, stdout, stderr)."""
+  with start_main(*arguments, cwd=cwd, **variables) as process:
+    try:
+      output, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      raise
+  return process.returncode, output, errors
+
+
+def snapshot(folder):
+  """Returns {path: content, or None of a folder} of all that is in a folder."""
+  return {
+    str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+    for path in sorted(pathlib.Path(folder).rglob("*"))
+  }

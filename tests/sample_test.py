@@ -1,0 +1,254 @@
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+from tests import runs
+from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import config as config_lib
+from vitgan_jax.gan_step import to_float
+from vitgan_jax.train_state import build_models
+
+CONFIG = digits.get_config("smoke")
+
+
+@pytest.fixture(scope="module")
+def g_params(digits_run):
+  return jax.device_get(digits_run.state.g_ema_params)
+
+
+@pytest.fixture(scope="module")
+def expected(g_params):
+  """Returns the samples 0 to 39 of seed 0, drawn one latent at a time."""
+  generator, _ = build_models(CONFIG)
+  key = jax.random.key(0)
+  latents = [
+    jax.random.normal(jax.random.fold_in(key, i), (32,)) for i in range(40)
+  ]
+  images = jax.jit(generator.apply)({"params": g_params}, np.stack(latents))
+  images = np.clip(np.asarray(images, np.float64), -1, 1)
+  return np.floor((images + 1) / 2 * 255 + 0.5).astype(np.uint8)
+
+
+def draw(g_params, num_samples, seed=0, batch_size=2, num_devices=8):
+  """Returns (samples, sizes of the batches they came in)."""
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample, "BATCH_SIZE", batch_size)
+    sampler = sample.make_sampler(CONFIG, mesh)
+    batches = list(sample.sample_images(sampler, g_params, seed, num_samples))
+  return np.concatenate(batches), [len(batch) for batch in batches]
+
+
+@pytest.fixture(scope="module")
+def forty(g_params):
+  images, sizes = draw(g_params, 40)
+  assert sizes == [16, 16, 8]
+  return images
+
+
+def assert_same_images(images, expected):
+  """Asserts that images differ by no more than the rounding to uint8."""
+  difference = np.abs(images.astype(int) - expected)
+  assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_samples_do_not_depend_on_how_many_are_drawn(g_params, forty):
+  images, sizes = draw(g_params, 21)
+  assert sizes == [16, 5]
+  np.testing.assert_array_equal(images, forty[:21])
+
+
+@pytest.mark.parametrize("batch_size, num_devices", [(3, 8), (5, 1), (40, 1)])
+def test_samples_do_not_depend_on_the_batch(
+  g_params, forty, batch_size, num_devices
+):
+  images, sizes = draw(g_params, 40, 0, batch_size, num_devices)
+  assert sizes[0] == min(40, batch_size * num_devices)
+  assert_same_images(images, forty)
+
+
+def test_sample_is_of_the_latent_that_its_seed_and_number_give(forty, expected):
+  assert_same_images(forty, expected)
+
+
+def test_all_samples_of_all_seeds_differ(g_params, forty):
+  both = np.concatenate([forty, draw(g_params, 40, seed=1)[0]])
+  assert len({image.tobytes() for image in both}) == 80
+
+
+@pytest.mark.parametrize(
+  "value, expected",
+  [
+    (-1.0, 0),
+    (1.0, 255),
+    (-7.0, 0),
+    (3.0, 255),
+    (0.0, 128),  # 127.5, and the even neighbour
+    (-1 + 0.49 / 127.5, 0),
+    (-1 + 0.51 / 127.5, 1),
+    (1 - 0.49 / 127.5, 255),
+    (1 - 0.51 / 127.5, 254),
+  ],
+)
+def test_pixels_are_clipped_and_rounded(value, expected):
+  pixel = sample.to_uint8(np.float32([value]))
+  assert pixel.dtype == np.uint8 and int(pixel[0]) == expected
+
+
+def test_uint8_images_survive_the_way_to_floats_and_back():
+  values = np.arange(256, dtype=np.uint8)
+  np.testing.assert_array_equal(sample.to_uint8(to_float(values)), values)
+
+
+@pytest.mark.parametrize(
+  "num_images, rows, columns",
+  [
+    (1, 1, 1),
+    (2, 1, 2),
+    (3, 2, 2),
+    (5, 2, 3),
+    (7, 3, 3),
+    (16, 4, 4),
+    (64, 8, 8),
+  ],
+)
+def test_grid_has_the_images_in_rows(num_images, rows, columns):
+  rng = np.random.default_rng(0)
+  images = rng.integers(1, 256, (num_images, 4, 4, 3), dtype=np.uint8)
+  expected = np.zeros((rows * 4, columns * 4, 3), np.uint8)
+  for i, image in enumerate(images):
+    for y in range(4):
+      for x in range(4):
+        row, column = divmod(i, columns)
+        expected[row * 4 + y, column * 4 + x] = image[y, x]
+  grid = sample.image_grid(images)
+  assert grid.dtype == np.uint8
+  np.testing.assert_array_equal(grid, expected)
+
+
+@pytest.mark.parametrize("min_side, factor", [(0, 1), (4, 1), (5, 2), (12, 3)])
+def test_png_is_enlarged_by_whole_pixels(tmp_path, min_side, factor):
+  image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+  sample.write_png(tmp_path / "image.png", image, min_side)
+  with Image.open(tmp_path / "image.png") as written:
+    pixels = np.asarray(written)
+  np.testing.assert_array_equal(
+    pixels, np.kron(image, np.ones((factor, factor, 1), np.uint8))
+  )
+
+
+def read_pngs(folder):
+  """Returns {name: pixels} of the PNGs in a folder."""
+  images = {}
+  for path in sorted(pathlib.Path(folder).glob("*.png")):
+    with Image.open(path) as image:
+      images[path.name] = np.asarray(image)
+  return images
+
+
+@pytest.fixture(scope="module")
+def folder(digits_run, tmp_path_factory):
+  """Three samples of the digits run, as the command line writes them.
+
+  It finds no TensorFlow, and gets no config but the workdir's.
+  """
+  tmp_path = tmp_path_factory.mktemp("samples")
+  (tmp_path / "broken").mkdir()
+  for module in ("tensorflow", "tensorflow_datasets", "clu"):
+    (tmp_path / "broken" / f"{module}.py").write_text("raise SystemError")
+  before = runs.snapshot(digits_run.workdir)
+  code, output, errors = runs.run_main(
+    "--mode=sample",
+    f"--workdir={digits_run.workdir}",
+    "--num_samples=3",
+    "--output=new/folder",
+    cwd=tmp_path,
+    path=[str(tmp_path / "broken")],
+  )
+  assert code == 0, errors
+  assert output == "3 samples of step 8 are in new/folder\n"
+  assert runs.snapshot(digits_run.workdir) == before
+  return tmp_path / "new" / "folder"
+
+
+def test_folder_has_the_samples_and_their_grid(folder):
+  images = read_pngs(folder)
+  names = ["000000.png", "000001.png", "000002.png", "grid.png"]
+  assert sorted(images) == names == sorted(p.name for p in folder.iterdir())
+  singles = np.stack([images[name] for name in names[:3]])
+  assert singles.shape == (3, 16, 16, 3)
+  grid = np.kron(
+    sample.image_grid(singles), np.ones((16, 16, 1), np.uint8)
+  )  # two images of 16 pixels a side, enlarged to 512
+  np.testing.assert_array_equal(images["grid.png"], grid)
+
+
+def test_folder_has_the_samples_of_the_averaged_generator(folder, expected):
+  images = read_pngs(folder)
+  for i in range(3):
+    assert_same_images(images[f"{i:06d}.png"], expected[i])
+
+
+@pytest.fixture
+def workdir(digits_run, tmp_path):
+  """A copy of the digits run, to write into."""
+  return shutil.copytree(digits_run.workdir, tmp_path / "run")
+
+
+def test_raw_generator_is_not_used(workdir, digits_run, folder, monkeypatch):
+  monkeypatch.setattr(sample, "BATCH_SIZE", 2)
+  state = digits_run.state
+  state = state.replace(
+    step=state.step + 1,
+    g_params=jax.tree.map(lambda x: x * np.nan, state.g_params),
+  )
+  with checkpoint.create_manager(workdir) as manager:
+    checkpoint.save(manager, state)
+  sample.sample(workdir, 3, 0, workdir / "new")
+  images = read_pngs(workdir / "new")
+  for name, image in read_pngs(folder).items():
+    assert_same_images(images[name], image)
+
+
+def test_seed_chooses_the_samples(workdir, folder, monkeypatch):
+  monkeypatch.setattr(sample, "BATCH_SIZE", 2)
+  sample.sample(workdir, 3, 1, workdir / "new")
+  old = {image.tobytes() for image in read_pngs(folder).values()}
+  new = {image.tobytes() for image in read_pngs(workdir / "new").values()}
+  assert len(old | new) == 8
+
+
+@pytest.mark.parametrize(
+  "num_samples, seed, match", [(0, 0, "num_samples"), (2, 2**40, "seed")]
+)
+def test_bad_number_is_an_error_and_makes_nothing(
+  workdir, num_samples, seed, match
+):
+  before = runs.snapshot(workdir)
+  with pytest.raises(config_lib.ConfigError, match=match):
+    sample.sample(workdir, num_samples, seed, workdir / "new")
+  assert runs.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("output", ["folder", "file"])
+def test_output_that_is_there_is_left_alone(workdir, output):
+  (workdir / "folder").mkdir()
+  (workdir / "folder" / "mine.txt").write_text("mine")
+  (workdir / "file").write_text("mine")
+  before = runs.snapshot(workdir)
+  with pytest.raises(config_lib.ConfigError, match=output):
+    sample.sample(workdir, 2, 0, workdir / output)
+  assert runs.snapshot(workdir) == before
+
+
+def test_workdir_without_checkpoints_is_an_error_and_left_alone(workdir):
+  shutil.rmtree(workdir / "checkpoints")
+  before = runs.snapshot(workdir)
+  with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
+    sample.sample(workdir, 2, 0, workdir / "new")
+  assert runs.snapshot(workdir) == before

@@ -1,0 +1,267 @@
+import os
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+from tests import monitor_test, runs, tiny
+from vitgan_jax import checkpoint, partitioning, sample, train
+from vitgan_jax import config as config_lib
+from vitgan_jax.data import pipeline
+
+
+def restore(workdir, step):
+  config = config_lib.load(workdir)
+  sharding = partitioning.replicated(partitioning.create_mesh())
+  with checkpoint.create_manager(workdir) as manager:
+    return checkpoint.restore(manager, config, sharding, step)
+
+
+def saved_steps(workdir):
+  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def after_call(monkeypatch, number, action):
+  """Calls `action(state, metrics)` in place of what the nth call returns."""
+  make_train_steps = train.make_train_steps
+
+  def make(config, mesh):
+    train_steps = make_train_steps(config, mesh)
+    calls = 0
+
+    def wrapped(state, real_images):
+      nonlocal calls
+      calls += 1
+      state = state if calls != number else action(state)
+      return train_steps(state, real_images)
+
+    return wrapped
+
+  monkeypatch.setattr(train, "make_train_steps", make)
+
+
+def test_run_leaves_its_files(digits_run):
+  names = {path.name for path in digits_run.workdir.iterdir()}
+  events = {name for name in names if name.startswith("events.out.tfevents")}
+  assert len(events) == 1
+  assert names - events == {
+    "config.json",
+    "checkpoints",
+    "samples",
+    "grid.png",
+    "metrics.jsonl",
+  }
+  assert config_lib.load(digits_run.workdir) == digits_run.config
+  assert saved_steps(digits_run.workdir) == [4, 8]
+  samples = sorted(p.name for p in (digits_run.workdir / "samples").iterdir())
+  assert samples == ["00000004.png", "00000008.png"]
+
+
+def test_returned_state_is_the_last_checkpoint(digits_run):
+  assert int(digits_run.state.step) == 8
+  tiny.assert_bit_equal(restore(digits_run.workdir, 8), digits_run.state)
+
+
+def test_every_part_of_the_state_is_trained(digits_run):
+  middle = tiny.leaves_by_name(tiny.to_host(restore(digits_run.workdir, 4)))
+  last = tiny.leaves_by_name(tiny.to_host(digits_run.state))
+  del last["d_spectral/head_out/norm/u"]  # one output, and so one number
+  for name, leaf in last.items():
+    constant = name == "key" or name.endswith("/sigma_init")
+    assert constant == np.array_equal(leaf, middle[name]), name
+
+
+def test_grids_show_the_same_latents_of_the_averaged_generator(digits_run):
+  mesh = partitioning.create_mesh()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample, "BATCH_SIZE", 2)
+    sampler = sample.make_sampler(digits_run.config, mesh)
+    grids = []
+    for step in (4, 8):
+      state = restore(digits_run.workdir, step)
+      images = np.asarray(sampler(state.g_ema_params, 0, 0))
+      grids.append(sample.image_grid(images))
+  assert grids[1].shape == (64, 64, 3)
+  _, in_tensorboard = monitor_test.read_events(digits_run.workdir)
+  for step, grid in zip((4, 8), grids):
+    np.testing.assert_array_equal(in_tensorboard["samples"][step], grid)
+    with Image.open(digits_run.workdir / f"samples/{step:08d}.png") as image:
+      pixels = np.asarray(image)
+    assert pixels.shape == (512, 512, 3)
+    np.testing.assert_array_equal(pixels[::8, ::8], grid)
+  last = digits_run.workdir / "samples" / "00000008.png"
+  latest = digits_run.workdir / "grid.png"
+  assert latest.read_bytes() == last.read_bytes()
+
+
+def test_run_prints_its_parameters_data_and_end(digits_run):
+  output = digits_run.output
+  for name, params in (
+    ("Generator", digits_run.state.g_params),
+    ("Discriminator", digits_run.state.d_params),
+  ):
+    overview = output.split(f"{name}:\n")[1].split("Total:")[0]
+    for leaf in tiny.leaves_by_name(params):
+      assert f"| {leaf} " in overview
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert f"Total: {total:,} " in output
+  assert re.search(
+    r"Starting: 1,497 images of sklearn_digits at 16 px, batch 8 on 8 cpu",
+    output,
+  )
+  assert output.endswith(
+    f"Done. The last samples are in {digits_run.workdir}/grid.png\n"
+  )
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+  """A run that SIGTERM stops in its first call, and that then goes on."""
+  workdir = tmp_path_factory.mktemp("interrupted") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+
+    def terminate(state):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return state
+
+    after_call(patch, 1, terminate)
+    first = runs.train_quietly(digits.get_config("smoke"), workdir)
+  steps = saved_steps(workdir)
+  second = runs.train_quietly(digits.get_config("smoke"), workdir)
+  return first, steps, second
+
+
+def test_signal_saves_and_stops(interrupted):
+  first, steps, _ = interrupted
+  assert int(first.state.step) == 2 and steps == [2]
+  assert "SIGTERM: saving, then stopping" in first.output
+  assert first.output.endswith("Stopped. The same command goes on from here.\n")
+  assert (first.workdir / "samples" / "00000002.png").exists()
+
+
+def test_run_that_goes_on_equals_one_that_never_stopped(
+  interrupted, digits_run
+):
+  _, _, second = interrupted
+  assert "Resuming at step 2" in second.output
+  assert saved_steps(second.workdir) == [2, 4, 8]
+  for step in (4, 8):
+    tiny.assert_bit_equal(
+      restore(second.workdir, step), restore(digits_run.workdir, step)
+    )
+  tiny.assert_bit_equal(second.state, digits_run.state)
+
+
+def test_run_that_goes_on_logs_what_one_that_never_stopped_does(
+  interrupted, digits_run
+):
+  def losses(run):
+    return {
+      line["step"]: (line["loss/d"], line["loss/g"])
+      for line in monitor_test.read_lines(run.workdir)
+      if "loss/d" in line
+    }
+
+  assert losses(interrupted[2]) == losses(digits_run)
+
+
+def test_finished_run_is_left_as_it_is(digits_run, tmp_path):
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+  before = runs.snapshot(workdir)
+  again = runs.train_quietly(digits.get_config("smoke"), workdir)
+  tiny.assert_bit_equal(again.state, digits_run.state)
+  after = {
+    path: content
+    for path, content in runs.snapshot(workdir).items()
+    if path in before or not path.startswith("events.")
+  }
+  assert after == before
+
+
+def test_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(
+  digits_run, tmp_path, monkeypatch
+):
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+  config = digits.get_config("smoke")
+  config.total_kimg = 0.128
+  after_call(  # the call from step 10 to 12, which is one to save
+    monkeypatch,
+    2,
+    lambda state: state.replace(
+      d_params=jax.tree.map(lambda x: x * np.nan, state.d_params)
+    ),
+  )
+  with pytest.raises(train.TrainingDivergedError) as error:
+    runs.train_quietly(config, workdir)
+  assert "is nan before step 12" in str(error.value)
+  assert "\n" not in str(error.value)
+  assert saved_steps(workdir) == [4, 8]
+  tiny.assert_bit_equal(restore(workdir, 8), digits_run.state)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_metric_that_is_not_finite_is_named(value):
+  assert train._check_finite(4, {"loss/d": np.float32(2)}) == {"loss/d": 2.0}
+  with pytest.raises(train.TrainingDivergedError, match="loss/g"):
+    train._check_finite(4, {"loss/d": 1.0, "loss/g": np.float32(value)})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_is_final(signum, capsys):
+  caught = []
+  before = signal.signal(signum, lambda *unused_args: caught.append(signum))
+  try:
+    with train._StopSignal() as stop:
+      assert not stop.requested
+      os.kill(os.getpid(), signum)
+      assert stop.requested and not caught
+      os.kill(os.getpid(), signum)
+      assert caught == [signum]
+    os.kill(os.getpid(), signum)
+    assert caught == [signum, signum]
+  finally:
+    signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("every_kimg", [0.016, 0.02, 0.05, 1.0])
+def test_every_multiple_is_passed_once(every_kimg):
+  config = tiny.tiny_config(batch_size=8, steps_per_call=2)
+  ends = range(2, 1000, 2)
+  passed = [end for end in ends if train._passes(config, end, every_kimg)]
+  images = 1000 * every_kimg
+  expected = []
+  next_multiple = images
+  for end in ends:
+    if end * 8 >= next_multiple:
+      expected.append(end)
+      next_multiple = (end * 8 // images + 1) * images
+  assert passed == expected
+
+
+def failing(data):
+  raise config_lib.ConfigError("no data")
+
+
+@pytest.mark.parametrize(
+  "fields, match",
+  [
+    ({"batch_size": 12}, "must be a multiple of the 8 devices"),
+    ({"generator.num_heads": 3}, "must divide"),
+    ({"data.dataset": "fails"}, "no data"),
+  ],
+)
+def test_run_that_cannot_start_leaves_no_workdir(
+  tmp_path, monkeypatch, fields, match
+):
+  config = digits.get_config("smoke")
+  config.update_from_flattened_dict(fields)
+  if config.data.dataset == "fails":
+    monkeypatch.setattr(pipeline, "load_images", failing)
+  with pytest.raises(config_lib.ConfigError, match=match):
+    train.train_and_evaluate(config, tmp_path / "run")
+  assert not list(tmp_path.iterdir())
