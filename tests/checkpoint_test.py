@@ -104,14 +104,9 @@ def test_workdir_without_checkpoints_is_an_error(tmp_path):
       checkpoint.restore(manager, CONFIG, replicated(8))
 
 
-@pytest.mark.parametrize(
-  "field, value",
-  [("generator.width", 32), ("generator.depth", 2), ("discriminator.depth", 2)],
-)
-def test_checkpoint_of_another_model_is_an_error_of_one_line(
-  saved, field, value
-):
-  config = tiny.tiny_config({field: value})
+@pytest.mark.parametrize("field", ["generator.depth", "discriminator.depth"])
+def test_checkpoint_of_another_model_is_an_error_of_one_line(saved, field):
+  config = tiny.tiny_config({field: 2})
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError) as error:
       checkpoint.restore(manager, config, replicated(8))

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import resource
 
-from configs import celeba64, cifar10, lsun_bedroom64
+from configs import celeba64, cifar10, digits, lsun_bedroom64
 from tests import runs
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
@@ -240,7 +240,8 @@ def test_data_dir_defaults_to_the_one_of_tfds(data, monkeypatch):
   assert pipeline.prepared_path(data).is_relative_to(home)
 
 
-def test_reading_prepared_images_does_not_import_tensorflow(digits_run):
+def test_reading_prepared_images_does_not_import_tensorflow():
+  pipeline.load_images(digits.get_config("smoke").data)
   program = """
 import sys
 from configs import digits

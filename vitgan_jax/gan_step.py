@@ -51,7 +51,7 @@ def make_train_step(config, mesh):
       if config.loss.bcr_weight:
         batches += [real_images, fake_images]
       # The one call in a step that writes u; all batches share it.
-      logits, updates = _apply_to_all(discriminator, variables, batches)
+      logits, spectral = _apply_to_all(discriminator, variables, batches)
       real_logits, fake_logits = logits[:2]
       loss = d_adversarial(real_logits, fake_logits)
       metrics = {
@@ -81,17 +81,19 @@ def make_train_step(config, mesh):
         ("r2", config.loss.r2_gamma, fake_augmented),
       ):
         if gamma:
-          discriminate = functools.partial(discriminator.apply, variables)
+          discriminate = functools.partial(
+            discriminator.apply, {**variables, "spectral": spectral}
+          )
           every = config.loss.gradient_penalty_every
-          # Taken every few steps, and then times as much, it is as strong.
-          penalty = lax.cond(
+          # Taken every few steps, and then times as many, it is as strong.
+          penalty = every * lax.cond(
             state.step % every == 0,
             functools.partial(losses.gradient_penalty, discriminate),
             lambda unused_images: jnp.zeros(()),
             images,
           )
-          add(name, gamma * every, penalty)
-      return loss, (metrics, updates["spectral"])
+          add(name, gamma, penalty)
+      return loss, (metrics, spectral)
 
     gradients, (metrics, spectral) = jax.grad(loss_fn, has_aux=True)(
       state.d_params
@@ -198,12 +200,13 @@ def _apply_to_all(discriminator, variables, batches):
   """Discriminates several batches [B, ...] in one pass that updates u.
 
   Returns:
-    A list of logits [B], one for each batch, and the updated collections.
+    A list of logits [B], one for each batch, and the collection `spectral`.
   """
   # Stacked behind the batch axis: side by side along it, the images of each
   # device would have to move to another.
   images = jnp.stack(batches, axis=1)
   images = images.reshape(-1, *images.shape[2:])
   logits, updates = discriminator.apply(variables, images, mutable=["spectral"])
-  updates = {"spectral": variables["spectral"], **updates}
-  return list(logits.reshape(-1, len(batches)).T), updates
+  # Without spectral normalisation there is no such collection.
+  spectral = updates.get("spectral", {})
+  return list(logits.reshape(-1, len(batches)).T), spectral
