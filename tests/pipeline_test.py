@@ -397,4 +397,4 @@ def test_images_of_64_pixels_train(module, mock_images, tmp_path):
   run = runs.train_quietly(config, tmp_path / "run", num_devices=1)
   assert int(run.state.step) == 2
   with Image.open(run.workdir / "grid.png") as grid:
-    assert grid.size == (512, 512)  # 4 x 4 images of 64 pixels, enlarged
+    assert grid.size == (536, 536)  # 4 x 4 images of 64 and gaps of 4, twice

@@ -117,15 +117,17 @@ def test_uint8_images_survive_the_way_to_floats_and_back():
     (64, 8, 8),
   ],
 )
-def test_grid_has_the_images_in_rows(num_images, rows, columns):
+@pytest.mark.parametrize("size, gap", [(4, 0), (16, 1), (32, 2)])
+def test_grid_has_the_images_in_rows(num_images, rows, columns, size, gap):
   rng = np.random.default_rng(0)
-  images = rng.integers(1, 256, (num_images, 4, 4, 3), dtype=np.uint8)
-  expected = np.zeros((rows * 4, columns * 4, 3), np.uint8)
+  images = rng.integers(1, 256, (num_images, size, size, 3), dtype=np.uint8)
+  pitch = size + gap
+  expected = np.zeros((rows * pitch - gap, columns * pitch - gap, 3), np.uint8)
   for i, image in enumerate(images):
-    for y in range(4):
-      for x in range(4):
+    for y in range(size):
+      for x in range(size):
         row, column = divmod(i, columns)
-        expected[row * 4 + y, column * 4 + x] = image[y, x]
+        expected[row * pitch + y, column * pitch + x] = image[y, x]
   grid = sample.image_grid(images)
   assert grid.dtype == np.uint8
   np.testing.assert_array_equal(grid, expected)

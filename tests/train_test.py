@@ -222,10 +222,17 @@ def test_second_signal_is_final(signum, capsys):
       assert stop.requested and not caught
       os.kill(os.getpid(), signum)
       assert caught == [signum]
-    os.kill(os.getpid(), signum)
-    assert caught == [signum, signum]
   finally:
     signal.signal(signum, before)
+
+
+def test_signals_are_caught_during_the_run_only():
+  signals = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.getsignal(signum) for signum in signals]
+  with train._StopSignal():
+    during = [signal.getsignal(signum) for signum in signals]
+  assert not set(during) & set(before)
+  assert [signal.getsignal(signum) for signum in signals] == before
 
 
 @pytest.mark.parametrize("every_kimg", [0.016, 0.02, 0.05, 1.0])

@@ -19,12 +19,6 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.train_state import create_train_state
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
-_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
-_SECONDS = flags.DEFINE_float(
-  "seconds", 20.0, "Measure at least this long, and at least three calls."
-)
-
 
 def benchmark_train(config, seconds):
   """Times `train_steps` of a config; returns a dict of figures.
@@ -77,14 +71,14 @@ def main(arguments):
   if (
     len(arguments) != 1
     or arguments[0] not in _BENCHMARKS
-    or (_CONFIG.value is None)
+    or (flags.FLAGS.config is None)
   ):
     raise config_lib.ConfigError(
       "usage: python -m vitgan_jax.benchmark "
       f"{{{','.join(_BENCHMARKS)}}} --config=configs/<name>.py [--json]"
     )
-  figures = _BENCHMARKS[arguments[0]](_CONFIG.value, _SECONDS.value)
-  if _JSON.value:
+  figures = _BENCHMARKS[arguments[0]](flags.FLAGS.config, flags.FLAGS.seconds)
+  if flags.FLAGS.json:
     print(json.dumps(figures))
   else:
     for name, value in figures.items():
@@ -92,4 +86,9 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "Config file.")
+  flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
+  flags.DEFINE_float(
+    "seconds", 20.0, "Measure at least this long, and at least three calls."
+  )
   cli.run(main)

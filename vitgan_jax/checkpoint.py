@@ -17,9 +17,13 @@ def create_manager(workdir, keep=None):
     keep: how many checkpoints to keep; None is all of them.
   """
   return ocp.CheckpointManager(
-    pathlib.Path(workdir).absolute() / "checkpoints",
+    _directory(workdir),
     options=ocp.CheckpointManagerOptions(max_to_keep=keep),
   )
+
+
+def _directory(workdir):
+  return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
 def save(manager, state):
@@ -39,16 +43,45 @@ def restore(manager, config, sharding, step=None):
     step: which checkpoint; None is the latest.
 
   Raises:
-    ConfigError: if there is no such checkpoint.
+    ConfigError: if there is no such checkpoint, or it is of another model.
   """
   step = manager.latest_step() if step is None else step
   if step not in manager.all_steps():
-    raise ConfigError(
-      f"no checkpoint{f' of step {step}' if step else ''} in "
-      f"{manager.directory}; train first, or give another --workdir"
-    )
+    raise ConfigError(_missing(manager.directory, step))
   abstract_state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     jax.eval_shape(lambda: create_train_state(config)),
   )
-  return manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+  try:
+    return manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+  except ValueError as error:  # Orbax lists both trees, over many lines
+    raise ConfigError(
+      f"checkpoint {step} in {manager.directory} holds another model than this "
+      "config describes: another config or version made it"
+    ) from error
+
+
+def restore_latest(workdir, config, sharding):
+  """Returns the GANState of a workdir's last checkpoint; writes nothing.
+
+  Args:
+    workdir: the run's folder.
+    config: the config that made the run.
+    sharding: where the restored arrays go.
+
+  Raises:
+    ConfigError: if there is no checkpoint.
+  """
+  directory = _directory(workdir)
+  if not directory.is_dir():  # the manager would make it
+    raise ConfigError(_missing(directory))
+  with create_manager(workdir) as manager:
+    return restore(manager, config, sharding)
+
+
+def _missing(directory, step=None):
+  which = "" if step is None else f" of step {step}"
+  return (
+    f"no checkpoint{which} in {directory}; train first, or give another "
+    "--workdir"
+  )

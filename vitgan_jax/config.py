@@ -53,9 +53,24 @@ _POSITIVE = (
   "keep_checkpoints",
 )
 
+_NOT_NEGATIVE = (
+  "seed",
+  "generator.mapping_depth",
+  "discriminator.overlap",
+  "loss.bcr_weight",
+  "loss.r1_gamma",
+  "loss.r2_gamma",
+  "loss.lecam_weight",
+  "augment.brightness",
+  "augment.saturation",
+  "augment.contrast",
+  "ema.ramp_up",
+)
+
 _SHARES = (
   "augment.probability",
   "augment.translation",
+  "augment.scaling",
   "augment.cutout",
   "optimizer.b1",
   "optimizer.b2",
@@ -79,11 +94,16 @@ def validate(config):
         f"config.{field}={values[field]!r} must be one of {', '.join(choices)}"
       )
   for field in _POSITIVE:
-    if not values[field] > 0:
-      raise ConfigError(f"config.{field}={values[field]} must be positive")
+    if not 0 < values[field] < float("inf"):
+      raise ConfigError(
+        f"config.{field}={values[field]} must be positive and finite"
+      )
   for field in _SHARES:
     if not 0 <= values[field] <= 1:
       raise ConfigError(f"config.{field}={values[field]} must be in [0, 1]")
+  for field in _NOT_NEGATIVE:
+    if values[field] < 0:
+      raise ConfigError(f"config.{field}={values[field]} must not be negative")
   size = config.data.image_size
   for name in ("generator", "discriminator"):
     network = config[name]
@@ -97,11 +117,6 @@ def validate(config):
         f"config.{name}.num_heads={network.num_heads} must divide "
         f"config.{name}.width={network.width}"
       )
-  if config.discriminator.overlap < 0:
-    raise ConfigError(
-      f"config.discriminator.overlap={config.discriminator.overlap} must not "
-      "be negative"
-    )
   patch_size = config.generator.patch_size
   is_power_of_two = patch_size & (patch_size - 1) == 0
   if config.generator.patch_decoder == "conv" and not is_power_of_two:
@@ -138,7 +153,7 @@ def load(workdir):
   """Returns the config that made a workdir.
 
   Raises:
-    ConfigError: if the folder has none.
+    ConfigError: if the folder has none, or none that can be read.
   """
   path = config_path(workdir)
   if not path.exists():
@@ -146,14 +161,21 @@ def load(workdir):
       f"{workdir} is not a workdir of a run: it has no {path.name}. Give the "
       "folder of a training run as --workdir"
     )
-  return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+  try:
+    values = json.loads(path.read_text())
+  except ValueError:
+    values = None
+  if not isinstance(values, dict):
+    raise ConfigError(f"{path} is damaged: it holds no config")
+  return ml_collections.ConfigDict(values).lock()
 
 
 def claim_workdir(config, workdir):
   """Writes the config into a new workdir, or checks it against the one there.
 
   Raises:
-    ConfigError: if another config made the workdir; nothing is written then.
+    ConfigError: if another config made the workdir, where nothing is written
+      then, or if it cannot be written into.
   """
   path = config_path(workdir)
   if path.exists():
@@ -168,7 +190,12 @@ def claim_workdir(config, workdir):
         f"{workdir} was made by another config: {'; '.join(differences)}. "
         "Choose another --workdir, or give the old values to resume"
       )
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
-  partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
-  partial.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
+    partial.replace(path)
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write into --workdir={workdir}: {error.strerror}"
+    ) from error

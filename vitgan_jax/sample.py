@@ -68,14 +68,20 @@ def to_uint8(images):
 
 
 def image_grid(images):
-  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows."""
+  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows.
+
+  A black gap of a sixteenth of an image keeps neighbours apart.
+  """
   num_images, size, _, channels = images.shape
   columns = int(np.ceil(np.sqrt(num_images)))
   rows = -(-num_images // columns)
-  grid = np.zeros((rows * columns, size, size, channels), images.dtype)
-  grid[:num_images] = images
-  grid = grid.reshape(rows, columns, size, size, channels).swapaxes(1, 2)
-  return grid.reshape(rows * size, columns * size, channels)
+  gap = size // 16
+  pitch = size + gap
+  grid = np.zeros((rows * columns, pitch, pitch, channels), images.dtype)
+  grid[:num_images, :size, :size] = images
+  grid = grid.reshape(rows, columns, pitch, pitch, channels).swapaxes(1, 2)
+  grid = grid.reshape(rows * pitch, columns * pitch, channels)
+  return grid[: rows * pitch - gap, : columns * pitch - gap]
 
 
 def write_png(path, image, min_side=0):
@@ -95,19 +101,25 @@ def sample(workdir, num_samples, seed, output):
     output: a new or empty folder.
 
   Raises:
-    ConfigError: if there is no checkpoint, or the output folder is not empty.
+    ConfigError: if a number is out of range, there is no checkpoint, or the
+      output folder is not empty.
   """
   output = pathlib.Path(output)
   if num_samples < 1:
-    raise config_lib.ConfigError(f"--num_samples={num_samples}: at least 1")
+    raise config_lib.ConfigError(
+      f"--num_samples={num_samples} must be at least 1"
+    )
+  if not 0 <= seed < 2**31:
+    raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise config_lib.ConfigError(
       f"--output={output} is there and not empty; choose a new folder"
     )
   config = config_lib.load(workdir)
   mesh = partitioning.create_mesh()
-  with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, config, partitioning.replicated(mesh))
+  state = checkpoint.restore_latest(
+    workdir, config, partitioning.replicated(mesh)
+  )
   output.mkdir(parents=True, exist_ok=True)
   sampler = make_sampler(config, mesh)
   batches = sample_images(sampler, state.g_ema_params, seed, num_samples)

@@ -86,13 +86,14 @@ def train_and_evaluate(config, workdir):
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call
       pending = (step, metrics)
-      last = step >= total_steps or stop.requested
+      stopping = stop.requested  # read once: a signal may come at any time
+      last = step >= total_steps or stopping
       if last or _passes(config, step, config.sample_every_kimg):
         samples.write(step, state)
       if last or _passes(config, step, config.checkpoint_every_kimg):
         _check_finite(step, metrics)  # a checkpoint must be worth resuming
         checkpoint.save(manager, state)
-      if stop.requested:
+      if stopping:
         break
     if pending:
       _finish_call(config, progress, writer, *pending, last=True)

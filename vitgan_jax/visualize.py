@@ -16,8 +16,6 @@ from matplotlib import pyplot as plt
 from vitgan_jax import cli
 from vitgan_jax import config as config_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
-
 _PANELS = {
   "Losses": ("loss/d", "loss/g"),
   "Logits of D": ("scores/real", "scores/fake"),
@@ -50,8 +48,9 @@ def draw_curves(workdir):
   figure, axes = plt.subplots(1, len(_PANELS), figsize=(14, 3))
   for axis, (title, names) in zip(axes, _PANELS.items()):
     for name in names:
-      points = sorted(curves[name].items())
-      axis.plot(*zip(*points), label=name.split("/")[1])
+      kimg = sorted(curves[name])
+      values = [curves[name][k] for k in kimg]
+      axis.plot(kimg, values, label=name.split("/")[1])
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("kimg")
     axis.legend(fontsize=8)
@@ -66,8 +65,9 @@ def draw_curves(workdir):
 def main(arguments):
   """Draws the curves of --workdir."""
   cli.no_arguments(arguments)
-  print(f"The run's curves are in {draw_curves(_WORKDIR.value)}")
+  print(f"The run's curves are in {draw_curves(flags.FLAGS.workdir)}")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
   cli.run(main)

@@ -22,8 +22,6 @@ from vitgan_jax.data import pipeline
 NUM_SAMPLES = 1000
 SEED = 1  # other latents than those of the grids of the training run
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
-
 
 def fit_classifier(images, labels):
   """Returns a scikit-learn classifier of digits.
@@ -82,8 +80,9 @@ def evaluate(workdir):
   classifier = fit_classifier(*labelled("train"))
   real_images, real_labels = labelled("test")
   mesh = partitioning.create_mesh()
-  with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, config, partitioning.replicated(mesh))
+  state = checkpoint.restore_latest(
+    workdir, config, partitioning.replicated(mesh)
+  )
   sampler = sample.make_sampler(config, mesh)
   batches = sample.sample_images(sampler, state.g_ema_params, SEED, NUM_SAMPLES)
   counts, per_class, confidence = judge(
@@ -123,11 +122,13 @@ def table(scores):
 def main(arguments):
   """Prints the table and writes `digits.json` into the workdir."""
   cli.no_arguments(arguments)
-  scores = evaluate(_WORKDIR.value)
-  path = pathlib.Path(_WORKDIR.value) / "digits.json"
+  workdir = pathlib.Path(flags.FLAGS.workdir)
+  scores = evaluate(workdir)
+  path = workdir / "digits.json"
   path.write_text(json.dumps(scores, indent=2) + "\n")
   print(table(scores))
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
   cli.run(main)
