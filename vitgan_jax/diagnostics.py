@@ -14,7 +14,8 @@ def make_diagnostics(config):
 
   attention/entropy_min, attention/entropy_mean: of the discriminator's blocks,
     as a share of log N. Near 0 each token attends to itself alone.
-  sigma/growth_max: the largest sigma(W) / sigma(W_init) of its kernels.
+  sigma/growth_max: the largest sigma(W) / sigma(W_init) of its kernels, if
+    they are normalised.
   diversity/std_over_latents: standard deviation of the averaged generator's
     images over latents, the mean over pixels. It falls to 0 where all latents
     give one image; diversity/std_of_mean_image is there to compare.
@@ -30,14 +31,16 @@ def make_diagnostics(config):
     )
     fake_images = generator.apply({"params": state.g_ema_params}, latents)
     entropy = _sown(collections, "attention_entropy")
-    growth = _sown(collections, "sigma_growth") or [jnp.nan]
-    return {
+    growth = _sown(collections, "sigma_growth")
+    scalars = {
       "attention/entropy_min": jnp.min(jnp.stack(entropy)),
       "attention/entropy_mean": jnp.mean(jnp.stack(entropy)),
-      "sigma/growth_max": jnp.max(jnp.stack(growth)),
       "diversity/std_over_latents": jnp.mean(jnp.std(fake_images, axis=0)),
       "diversity/std_of_mean_image": jnp.std(jnp.mean(fake_images, axis=0)),
     }
+    if growth:
+      scalars["sigma/growth_max"] = jnp.max(jnp.stack(growth))
+    return scalars
 
   return diagnostics
 

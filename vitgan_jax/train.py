@@ -55,6 +55,7 @@ def train_and_evaluate(config, workdir):
   is_first_process = jax.process_index() == 0
   replicated = partitioning.replicated(mesh)
   with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(_StopSignal())
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
@@ -71,7 +72,6 @@ def train_and_evaluate(config, workdir):
     writer = stack.enter_context(MetricWriter(workdir))
     samples = SampleWriter(config, workdir, mesh, images, writer)
     train_steps = make_train_steps(config, mesh)
-    stop = stack.enter_context(_StopSignal())
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
     pending = None  # metrics of the last call: fetched while the next one runs
@@ -87,6 +87,8 @@ def train_and_evaluate(config, workdir):
       step += config.steps_per_call
       pending = (step, metrics)
       stopping = stop.requested  # read once: a signal may come at any time
+      if stopping:
+        print("Stopping: saving first", flush=True)
       last = step >= total_steps or stopping
       if last or _passes(config, step, config.sample_every_kimg):
         samples.write(step, state)
@@ -163,7 +165,6 @@ class _StopSignal:
 
   def _request(self, signum, unused_frame):
     self.requested = True
-    print(f"{signal.Signals(signum).name}: saving, then stopping", flush=True)
     signal.signal(signum, self._before[signum])  # the second one is final
 
   def __enter__(self):

@@ -60,8 +60,15 @@ def _prepare(data, path):
   shape = (num_images, data.image_size, data.image_size, 3)
   try:
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-    for i, image in enumerate(_progress(builder, data, key)):
-      array[i] = resize(image, data.image_size)
+    count = 0
+    for image in _progress(builder, data, key):
+      array[count] = resize(image, data.image_size)
+      count += 1
+    if count < num_images:
+      raise ConfigError(
+        f"dataset {data.dataset!r} has {count} images of the {num_images} that "
+        f"it should have; delete it from {_data_dir(data)} and try again"
+      )
     array.flush()
     card = {
       "dataset": builder.info.full_name,
@@ -96,12 +103,12 @@ def _build(data):
   keys = [
     key
     for key, feature in builder.info.features.items()
-    if isinstance(feature, tfds.features.Image)
+    if isinstance(feature, tfds.features.Image) and feature.shape[-1] in (1, 3)
   ]
   if not keys:
     raise ConfigError(
-      f"dataset {data.dataset!r} has no images; its features are "
-      f"{', '.join(builder.info.features)}"
+      f"dataset {data.dataset!r} has no images of one or three channels; its "
+      f"features are {', '.join(builder.info.features)}"
     )
   try:
     builder.download_and_prepare()
@@ -113,10 +120,14 @@ def _build(data):
       "folder that has it, or put the files that TFDS asks for into "
       f"{where / 'downloads' / 'manual'}"
     ) from error
-  if data.split.split("[")[0] not in builder.info.splits:
+  try:
+    num_images = builder.info.splits[data.split].num_examples
+  except (KeyError, ValueError):
+    num_images = 0
+  if not num_images:
     raise ConfigError(
-      f"config.data.split={data.split!r} is not in {data.dataset}; "
-      f"it has {', '.join(builder.info.splits)}"
+      f"config.data.split={data.split!r} has no images in {data.dataset}; "
+      f"it has {', '.join(builder.info.splits)} and parts like 'train[:90%]'"
     )
   return builder, keys[0]
 
@@ -149,12 +160,13 @@ def resize(image, size):
   height, width = image.shape[:2]
   side = min(height, width)
   left, top = (width - side) // 2, (height - side) // 2
+  # Cut first: given a box, Pillow's filter reads pixels from outside of it.
+  image = image[top : top + side, left : left + side]
   image = np.repeat(image, 3 // image.shape[-1], axis=-1)
-  if (side, side) == (size, size):
-    return image[top : top + side, left : left + side]
-  box = (left, top, left + side, top + side)
+  if side == size:
+    return image
   return np.asarray(
-    Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box)
+    Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
   )
 
 
