@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import configs
@@ -24,6 +25,38 @@ NUM_PARAMETERS = {
   "digits:smoke": (20_227, 14_881),
   "lsun_bedroom64": (16_108_035, 10_202_881),
   "lsun_bedroom64:smoke": (20_227, 33_313),
+}
+
+# Metrics of the first step of a config's `:smoke`, on random images.
+GOLDEN = {
+  "celeba64": {
+    "loss/d": 1.336434,
+    "loss/g": 0.69506,
+    "penalty/bcr": 0.1326934,
+    "scores/fake": -0.003147185,
+    "scores/real": 0.1199532,
+  },
+  "cifar10": {
+    "loss/d": 1.450027,
+    "loss/g": 0.5749077,
+    "penalty/bcr": 0.1240351,
+    "scores/fake": 0.218481,
+    "scores/real": 0.1129171,
+  },
+  "digits": {
+    "loss/d": 1.429856,
+    "loss/g": 0.5964166,
+    "penalty/bcr": 0.0951158,
+    "scores/fake": 0.108368,
+    "scores/real": 0.03814188,
+  },
+  "lsun_bedroom64": {
+    "loss/d": 1.336434,
+    "loss/g": 0.69506,
+    "penalty/bcr": 0.1326934,
+    "scores/fake": -0.003147185,
+    "scores/real": 0.1199532,
+  },
 }
 
 MODULES = sorted(
@@ -115,3 +148,31 @@ def test_logs_samples_and_checkpoints_come_within_the_run(module):
     config = get_config(module + argument)
     for what in ("log", "sample", "checkpoint"):
       assert config[f"{what}_every_kimg"] <= config.total_kimg
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_golden_metrics_of_the_first_step(module):
+  config = get_config(f"{module}:smoke")
+  size = config.data.image_size
+  images = np.random.default_rng(0).integers(
+    0, 256, (config.batch_size, size, size, 3), np.uint8
+  )
+  step = make_train_step(config, partitioning.create_mesh(jax.devices()[:1]))
+  state = jax.jit(lambda: create_train_state(config))()
+  _, metrics = jax.jit(step)(state, images, jax.random.key(0))
+  metrics = {key: float(f"{value:.7g}") for key, value in metrics.items()}
+  message = (
+    f"The first step of configs/{module}.py:smoke has changed. If it was meant "
+    "to, say so in the commit and in the config's docstring, and put these "
+    f"numbers into GOLDEN[{module!r}]: {metrics}. If not, it is a bug."
+  )
+  expected = GOLDEN.get(module, {})
+  assert metrics.keys() == expected.keys(), message
+  np.testing.assert_allclose(
+    # The order of float32 sums differs from one CPU to another.
+    list(metrics.values()),
+    [expected[key] for key in metrics],
+    rtol=1e-5,
+    atol=5e-6,
+    err_msg=message,
+  )
