@@ -6,9 +6,10 @@ WORKDIR ?= runs/digits
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-slow lint format constraints clean
+.PHONY: help install demo test test-slow lint format constraints clean
 
 help:
+	@echo "make install    make .venv and install into it"
 	@echo "make demo       train handwritten digits into WORKDIR=$(WORKDIR)"
 	@echo "make test       lint and test; what takes minutes: make test-slow"
 	@echo "make format     let ruff lay the code out"
@@ -27,6 +28,8 @@ help:
 .venv/installed-test: .venv/installed
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	@touch $@
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m vitgan_jax.main --config=configs/digits.py \
