@@ -134,7 +134,7 @@ def _check_finite(step, metrics):
     if not np.isfinite(value):
       raise TrainingDivergedError(
         f"{key} is {value} before step {step}. Lower the learning rates, or "
-        "look at the last scalars; the last checkpoint is from before this"
+        "look at the last scalars; all checkpoints are from before this"
       )
   return metrics
 
