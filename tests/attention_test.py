@@ -8,6 +8,7 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
+from tests.reference import apply, gelu, init_params, normal, standardise
 from vitgan_jax.models.attention import (
   MultiHeadAttention,
   TransformerBlock,
@@ -15,21 +16,6 @@ from vitgan_jax.models.attention import (
   relative_entropy,
 )
 from vitgan_jax.models.layers import LayerNorm, SelfModulatedLayerNorm
-
-
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
-def init_params(module, *args):
-  """Returns parameters with noise on all, also on those that start at zero."""
-  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
-  return jax.tree.map(lambda p: np.asarray(p) + normal(*p.shape), params)
-
-
-def apply(module, params, *args):
-  return jax.jit(module.apply)({"params": params}, *args)
 
 
 def naive_weights(queries, keys, kind):
@@ -151,15 +137,6 @@ def test_convolution_that_sees_only_its_centre_is_the_dense_projection():
   expected = apply(modules[0], params, x)
   y = apply(modules[1], conv_params, x)
   assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def standardise(x):
-  variance = x.var(-1, keepdims=True)
-  return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6)
-
-
-def gelu(x):
-  return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def reference_norm(params, h, w=None):

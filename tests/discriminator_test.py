@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 import pytest
 
 from configs import common
+from tests.reference import gelu, leaves, normal
 from vitgan_jax.models.attention import TransformerBlock
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
@@ -23,18 +24,9 @@ SMALL = dict(
 )
 
 
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
 def make_discriminator(**overrides):
   """Returns the default discriminator with other fields."""
   return Discriminator(**{**common.get_config().discriminator, **overrides})
-
-
-def leaves(tree):
-  return traverse_util.flatten_dict(tree, sep="/")
 
 
 def init(module, *args):
@@ -49,10 +41,6 @@ def init(module, *args):
 def dense(params, x):
   kernel = params["kernel"]
   return x @ kernel / np.sqrt(len(kernel)) + params.get("bias", 0.0)
-
-
-def gelu(x):
-  return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def reference_tokens(params, images, overlap, position_scale):

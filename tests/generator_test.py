@@ -2,7 +2,6 @@
 
 import itertools
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.testing import assert_allclose
 import pytest
 
 from configs import common
+from tests.reference import apply, init_params, leaves, normal, standardise
 from vitgan_jax.models.generator import Generator, MappingNetwork
 
 SMALL = dict(
@@ -25,28 +25,9 @@ SMALL = dict(
 )
 
 
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
 def make_generator(**overrides):
   """Returns the default generator with other fields."""
   return Generator(**{**common.get_config().generator, **overrides})
-
-
-def init_params(module, *args):
-  """Returns parameters with noise on all, also on those that start at zero."""
-  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
-  return jax.tree.map(lambda p: np.asarray(p) + normal(*p.shape), params)
-
-
-def leaves(tree):
-  return traverse_util.flatten_dict(tree, sep="/")
-
-
-def apply(module, params, *args):
-  return jax.jit(module.apply)({"params": params}, *args)
 
 
 def dense(params, x, lr_multiplier=1.0):
@@ -82,11 +63,6 @@ def test_mapping_keeps_the_scale_of_w_through_eight_layers():
   assert_allclose(np.std(w), 1.0, rtol=0.3)
   # What is left for the latents is less, as all w come to share a mean.
   assert np.std(w, axis=0).mean() > 0.5
-
-
-def standardise(x):
-  variance = x.var(-1, keepdims=True)
-  return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6)
 
 
 @pytest.mark.parametrize("latent_injection", ["sln", "add", "token"])

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose
 import optax
 import pytest
 
+from tests.reference import apply, init_params, normal
 from vitgan_jax.models.layers import (
   Dense,
   LayerNorm,
@@ -18,21 +19,6 @@ from vitgan_jax.models.layers import (
   cell_centres,
   leaky_relu,
 )
-
-
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
-def init_params(module, *args):
-  """Returns parameters with noise on all, also on those that start at zero."""
-  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
-  return jax.tree.map(lambda p: np.asarray(p) + normal(*p.shape), params)
-
-
-def apply(module, params, *args):
-  return jax.jit(module.apply)({"params": params}, *args)
 
 
 def effective_kernel(layer, params):

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
+from tests.reference import apply, init_params, normal
 from vitgan_jax.models.patch_decoder import (
   ConvDecoder,
   ImplicitDecoder,
@@ -13,21 +14,6 @@ from vitgan_jax.models.patch_decoder import (
   ModulatedConv,
   modulated_hidden,
 )
-
-
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
-
-
-def init_params(module, *args):
-  """Returns parameters with noise on all, also on those that start at zero."""
-  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
-  return jax.tree.map(lambda p: np.asarray(p) + normal(*p.shape), params)
-
-
-def apply(module, params, *args):
-  return jax.jit(module.apply)({"params": params}, *args)
 
 
 def dense(params, x):

@@ -5,6 +5,7 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
+from tests.reference import normal
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
 
 # Size, patch, overlap: none, one pixel, half a patch, a patch, more, much more.
@@ -18,11 +19,6 @@ GEOMETRIES = [
   (6, 6, 3),
   (4, 1, 1),
 ]
-
-
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 def windows(size, patch_size, overlap):

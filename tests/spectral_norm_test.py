@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import optax
 import pytest
 
+from tests.reference import normal
 from vitgan_jax.models.attention import MultiHeadAttention
 from vitgan_jax.models.layers import Dense, TokenConv
 from vitgan_jax.models.spectral_norm import (
@@ -17,11 +18,6 @@ from vitgan_jax.models.spectral_norm import (
   power_iteration,
   spectral_sigma,
 )
-
-
-def normal(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(np.float32)
 
 
 def spectral_state(u, sigma_init):
