@@ -26,6 +26,8 @@ def run(main):
       main(argv[1:])
     except ConfigError as error:
       sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while training, a run saves and ends by itself
+      sys.exit("error: interrupted")
 
   app.run(guarded, flags_parser=_parse_flags)
 
