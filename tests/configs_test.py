@@ -9,6 +9,7 @@ import pytest
 
 import configs
 from configs import celeba64
+from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.gan_step import make_train_step
@@ -166,13 +167,4 @@ def test_golden_metrics_of_the_first_step(module):
     "to, say so in the commit and in the config's docstring, and put these "
     f"numbers into GOLDEN[{module!r}]: {metrics}. If not, it is a bug."
   )
-  expected = GOLDEN.get(module, {})
-  assert metrics.keys() == expected.keys(), message
-  np.testing.assert_allclose(
-    # The order of float32 sums differs from one CPU to another.
-    list(metrics.values()),
-    [expected[key] for key in metrics],
-    rtol=1e-5,
-    atol=5e-6,
-    err_msg=message,
-  )
+  tiny.assert_golden(metrics, GOLDEN.get(module, {}), message)

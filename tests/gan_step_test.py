@@ -438,23 +438,13 @@ GOLDEN = {
 def test_golden_metrics_of_the_first_step(name, state, images):
   _, metrics = train_step(name)(state, images, KEY)
   metrics = {key: float(value) for key, value in metrics.items()}
-  expected = GOLDEN.get(name, {})
   message = (
     "The first step of a run has changed. If it was meant to (another init, "
     "loss, augmentation, or order of the random draws), say so in the commit "
     f"and put these numbers into GOLDEN[{name!r}]: {metrics}. If not, it is a "
     "bug: no refactoring may move them."
   )
-  assert metrics.keys() == expected.keys(), message
-  np.testing.assert_allclose(
-    # The order of sums, which differs from one CPU to another, moves float32
-    # logits by about 1e-6.
-    list(metrics.values()),
-    [expected[key] for key in metrics],
-    rtol=1e-5,
-    atol=5e-6,
-    err_msg=message,
-  )
+  tiny.assert_golden(metrics, GOLDEN.get(name, {}), message)
 
 
 @functools.cache

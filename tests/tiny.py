@@ -83,3 +83,17 @@ def _without_key_type(x):
   if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.key_data(x)
   return x
+
+
+def assert_golden(metrics, expected, message):
+  """Fails with the message unless metrics are the expected, to round-off."""
+  assert metrics.keys() == expected.keys(), message
+  np.testing.assert_allclose(
+    # The order of sums, which differs from one CPU to another, moves float32
+    # logits by about 1e-6.
+    list(metrics.values()),
+    [expected[key] for key in metrics],
+    rtol=1e-5,
+    atol=5e-6,
+    err_msg=message,
+  )

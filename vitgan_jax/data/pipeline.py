@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 
-from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
@@ -132,15 +131,20 @@ def _build(data):
   return builder, keys[0]
 
 
-def _progress(builder, data, key):
-  """Yields the decoded images of a split in order, with a progress bar."""
+def _read(builder, data, key):
+  """Returns an iterable of one feature of a split, in order, as numpy."""
   import tensorflow_datasets as tfds
-  from tqdm import tqdm
 
   dataset = builder.as_dataset(split=data.split, shuffle_files=False)
-  dataset = dataset.map(lambda example: example[key])
+  return tfds.as_numpy(dataset.map(lambda example: example[key]))
+
+
+def _progress(builder, data, key):
+  """Yields the decoded images of a split in order, with a progress bar."""
+  from tqdm import tqdm
+
   return tqdm(
-    tfds.as_numpy(dataset),
+    _read(builder, data, key),
     desc=f"Preparing {data.dataset} at {data.image_size} px",
     total=builder.info.splits[data.split].num_examples,
     unit=" images",
@@ -216,11 +220,7 @@ class ShuffledBatches:
     return self._images[self.indices(step)]
 
 
-def load_labels(data: ConfigDict):
+def load_labels(data):
   """Returns the labels [num_images] of a prepared split, in its order."""
   builder, _ = _build(data)
-  import tensorflow_datasets as tfds
-
-  dataset = builder.as_dataset(split=data.split, shuffle_files=False)
-  dataset = dataset.map(lambda example: example["label"])
-  return np.fromiter(tfds.as_numpy(dataset), np.int64)
+  return np.fromiter(_read(builder, data, "label"), np.int64)

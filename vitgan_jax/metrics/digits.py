@@ -52,9 +52,9 @@ def judge(classifier, images):
     images: uint8 [N, S, S, 3].
 
   Returns:
-    (counts, confidences): per predicted class, int [10] and the mean
-    probability of that class, [10], nan where there is none; and the mean over
-    all images.
+    Three things: how many images were taken for each class, int [10]; the mean
+    probability of that class among them, [10], nan where there are none; and
+    the mean over all images.
   """
   probabilities = classifier.predict_proba(_features(images))
   classes = probabilities.argmax(axis=1)
