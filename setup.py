@@ -27,6 +27,7 @@ setuptools.setup(
     "importlib_resources>=6.0",  # tensorflow-datasets does not declare it
     "jax>=0.7",
     "jaxlib>=0.7",
+    "lmdb>=1.5",  # LSUN
     "matplotlib>=3.9",
     "ml-collections>=1.1",
     "numpy>=2.0",
@@ -39,6 +40,7 @@ setuptools.setup(
     "and platform_machine == 'x86_64'",
     "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets>=4.9.9",
+    "tqdm>=4.66",
   ],
   extras_require={
     "test": ["pytest>=8.3", "ruff>=0.8"],

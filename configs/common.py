@@ -17,9 +17,14 @@ def get_config():
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"
 
   config.data = ml_collections.ConfigDict()
-  config.data.dataset = "cifar10"  # a TFDS name
-  config.data.split = "train"
+  # A TFDS name, or one of those that are read in place: "folder", "ffhq",
+  # "lsun/bedroom" or another category, and "celeb_a" of its zip alone
+  config.data.dataset = "cifar10"
+  config.data.path = ""  # where the files of the latter are; a folder or a zip
+  config.data.split = "train"  # or a part of it, as "train[:90%]"
   config.data.image_size = 32
+  # left, top, right, bottom; () is the largest centred square
+  config.data.crop = ()
   config.data.flip = True  # mirror real images at random
   config.data.data_dir = ""  # where datasets live; "" is TFDS's own folder
 

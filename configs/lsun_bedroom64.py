@@ -6,11 +6,11 @@ yet trained here.
     python -m vitgan_jax.main --config=configs/lsun_bedroom64.py
 
 The model and the training of configs/celeba64.py; images are cropped to their
-largest centred square.
+largest centred square. Any other category: --config.data.dataset=lsun/tower.
 
-TFDS prepares LSUN with tensorflow-io, which does not load beside recent
-versions of TensorFlow: prepare `lsun/bedroom` where it does, and give its
-folder as --config.data.data_dir.
+The LMDB that is published (43 GB) is downloaded, unless bedroom_train_lmdb or
+bedroom_train_lmdb.zip is in <data_dir>/downloads/manual, or given as
+--config.data.path.
 """
 
 from configs import celeba64, common
@@ -20,4 +20,5 @@ def get_config(arg=""):
   """Returns the config; `arg` may be "smoke"."""
   config = celeba64.get_config()
   config.data.dataset = "lsun/bedroom"
+  config.data.crop = ()
   return common.apply_argument(config, arg)

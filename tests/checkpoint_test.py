@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
   states = {step: random_state(step, seed=step) for step in (3, 7)}
   with checkpoint.create_manager(workdir) as manager:
     for state in states.values():
-      checkpoint.save(manager, state)
+      checkpoint.save(manager, state, {"next_image": 8 * int(state.step)})
   return workdir, states
 
 
@@ -119,7 +119,7 @@ def test_checkpoint_of_another_model_is_an_error_of_one_line(saved, field):
 def test_last_checkpoints_are_kept(tmp_path, keep, kept):
   with checkpoint.create_manager(tmp_path, keep) as manager:
     for step in range(1, 5):
-      checkpoint.save(manager, small_state(step))
+      checkpoint.save(manager, small_state(step), {})
   with checkpoint.create_manager(tmp_path) as manager:
     assert sorted(manager.all_steps()) == kept
     assert manager.latest_step() == 4
@@ -127,8 +127,8 @@ def test_last_checkpoints_are_kept(tmp_path, keep, kept):
 
 def test_checkpoint_of_a_step_is_not_written_over(tmp_path):
   with checkpoint.create_manager(tmp_path) as manager:
-    checkpoint.save(manager, random_state(1, seed=0))
-    checkpoint.save(manager, random_state(1, seed=1))
+    checkpoint.save(manager, random_state(1, seed=0), {})
+    checkpoint.save(manager, random_state(1, seed=1), {})
     manager.wait_until_finished()
     state = checkpoint.restore(manager, CONFIG, replicated(8))
   tiny.assert_bit_equal(state, random_state(1, seed=0))
@@ -140,8 +140,16 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
   )
   state = random_state(1)
   with checkpoint.create_manager(tmp_path) as manager:
-    checkpoint.save(manager, state)
+    checkpoint.save(manager, state, {"next_image": 8 * int(state.step)})
     overwrite(state.g_params)
     manager.wait_until_finished()
     restored = checkpoint.restore(manager, CONFIG, replicated(8))
   tiny.assert_bit_equal(restored, random_state(1))
+
+
+def test_place_in_the_data_is_saved_beside_the_state(tmp_path):
+  data_state = {"next_image": 24, "fingerprint": "abc"}
+  with checkpoint.create_manager(tmp_path) as manager:
+    checkpoint.save(manager, random_state(3), data_state)
+  with checkpoint.create_manager(tmp_path) as manager:
+    assert checkpoint.restore_data_state(manager, 3) == data_state

@@ -64,6 +64,22 @@ def test_value_out_of_range_is_an_error_that_names_the_field(field, value):
     config_lib.validate(tiny.tiny_config({field: value}))
 
 
+@pytest.mark.parametrize("crop", [(), (0, 0, 5, 5), (25, 57, 153, 185)])
+def test_crop_is_empty_or_a_square(crop):
+  config_lib.validate(tiny.tiny_config({"data.crop": crop}))
+
+
+@pytest.mark.parametrize(
+  "crop", [(1,), (0, 0, 5), (0, 0, 5, 6), (5, 5, 5, 5), (-1, 0, 4, 5), (9,) * 5]
+)
+def test_crop_that_is_no_square_is_an_error(crop):
+  config = tiny.tiny_config()
+  with config.unlocked():
+    config.data.crop = crop
+  with pytest.raises(config_lib.ConfigError, match=r"config\.data\.crop="):
+    config_lib.validate(config)
+
+
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_patch_must_divide_the_image(network):
   config = tiny.tiny_config({f"{network}.patch_size": 3})

@@ -23,7 +23,13 @@ NUM_PARAMETERS = {
   "cifar10": (11_380_227, 6_729_217),
   "cifar10:smoke": (20_227, 14_881),
   "digits": (170_499, 108_417),
+  "ffhq64": (16_108_035, 10_202_881),
+  "ffhq64:smoke": (20_227, 33_313),
+  "folder": (16_108_035, 10_202_881),
+  "folder:smoke": (20_227, 33_313),
   "digits:smoke": (20_227, 14_881),
+  "lsun_bedroom128": (20_835_843, 7_835_137),
+  "lsun_bedroom128:smoke": (20_227, 107_041),
   "lsun_bedroom64": (16_108_035, 10_202_881),
   "lsun_bedroom64:smoke": (20_227, 33_313),
 }
@@ -51,14 +57,17 @@ GOLDEN = {
     "scores/fake": 0.108368,
     "scores/real": 0.03814188,
   },
-  "lsun_bedroom64": {
-    "loss/d": 1.336434,
-    "loss/g": 0.69506,
-    "penalty/bcr": 0.1326934,
-    "scores/fake": -0.003147185,
-    "scores/real": 0.1199532,
+  "lsun_bedroom128": {
+    "loss/d": 1.355475,
+    "loss/g": 0.6946278,
+    "penalty/bcr": 0.2187929,
+    "scores/fake": 0.06707311,
+    "scores/real": 0.1631988,
   },
 }
+# These share the model and the training of celeba64.
+for name in ("ffhq64", "folder", "lsun_bedroom64"):
+  GOLDEN[name] = GOLDEN["celeba64"]
 
 MODULES = sorted(
   path.stem

@@ -11,8 +11,10 @@ def data(tmp_path_factory):
   return ml_collections.ConfigDict(
     {
       "dataset": "sklearn_digits",
+      "path": "",
       "split": "train",
       "image_size": 8,
+      "crop": (),
       "data_dir": str(tmp_path_factory.mktemp("data")),
     }
   )
@@ -23,7 +25,8 @@ def splits(data):
   """Returns {split: (images, labels)}."""
   result = {}
   for data.split in ("train", "test"):
-    result[data.split] = pipeline.load_images(data), pipeline.load_labels(data)
+    images = pipeline.load_images(data)
+    result[data.split] = images[:], images.labels()
   return result
 
 

@@ -32,7 +32,8 @@ def test_classifier_knows_digits_and_doubts_what_is_none():
 
   def labelled(split):
     part = ml_collections.ConfigDict({**data, "split": split})
-    return pipeline.load_images(part), pipeline.load_labels(part)
+    images = pipeline.load_images(part)
+    return images[:], images.labels()
 
   classifier = digits.fit_classifier(*labelled("train"))
   images, labels = labelled("test")

@@ -1,113 +1,286 @@
-import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
-import tarfile
-from types import SimpleNamespace
+import threading
+import time
 
-from etils import epath
-import ml_collections
 import numpy as np
-from PIL import Image
 import pytest
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import resource
 
-from configs import celeba64, cifar10, digits, lsun_bedroom64
-from tests import runs
+from configs import digits
+from tests import datasets, runs
+from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
-from vitgan_jax.data import pipeline
+from vitgan_jax.data import pipeline, prepare
 
 
-def noise(*shape, seed=0):
-  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+@pytest.fixture(scope="module")
+def prepared_folder(tmp_path_factory):
+  """A prepared folder of 18 images of 8 pixels, in five shards."""
+  tmp_path = tmp_path_factory.mktemp("prepared")
+  files = {f"{i:02d}.png": encode(noise(8, 8, 3, seed=i)) for i in range(18)}
+  datasets.write_folder(tmp_path / "images", files)
+  data = data_config(tmp_path, "folder", path=str(tmp_path / "images"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prepare, "_MIN_SHARD_IMAGES", 4)
+    return prepare.prepare(data)
+
+
+@pytest.fixture(scope="module")
+def expected():
+  return np.stack([noise(8, 8, 3, seed=i) for i in range(18)])
 
 
 @pytest.mark.parametrize(
-  "shape, box",  # left, top, right, bottom
+  "index",
   [
-    ((40, 40), (0, 0, 40, 40)),
-    ((218, 178), (0, 20, 178, 198)),
-    ((30, 77), (23, 0, 53, 30)),
-    ((33, 20), (0, 6, 20, 26)),
+    0,
+    17,
+    -1,
+    slice(None),
+    slice(3, 15, 2),
+    slice(64),
+    slice(5, 5),
+    [3, 17, 3, 0],
+    np.array([[4, 5], [11, 0]]),
+    np.zeros(0, np.int64),
   ],
 )
-@pytest.mark.parametrize("size", [8, 16, 64])
-def test_image_is_cropped_to_its_centre_square_then_resized(shape, box, size):
-  image = noise(*shape, 3)
-  expected = Image.fromarray(image).crop(box)
-  expected = expected.resize((size, size), Image.Resampling.LANCZOS)
-  np.testing.assert_array_equal(
-    pipeline.resize(image, size), np.asarray(expected)
+def test_prepared_images_are_indexed_like_an_array(
+  prepared_folder, expected, index
+):
+  images = pipeline.PreparedImages(prepared_folder)
+  assert len(images) == 18 and images.shape == expected.shape
+  selected = images[index]
+  assert selected.dtype == np.uint8
+  np.testing.assert_array_equal(selected, expected[index])
+
+
+def test_index_out_of_range_is_an_error(prepared_folder):
+  images = pipeline.PreparedImages(prepared_folder)
+  with pytest.raises(IndexError):
+    images[18]
+  with pytest.raises(IndexError):
+    images[[0, 18]]
+
+
+def test_giving_pages_back_changes_nothing(
+  prepared_folder, expected, monkeypatch
+):
+  images = pipeline.PreparedImages(prepared_folder)
+  monkeypatch.setattr(pipeline, "_RELEASE_BYTES", 1000)
+  for _ in range(3):
+    np.testing.assert_array_equal(images[:], expected)
+    assert images._bytes_read == 0
+
+
+def resident_megabytes(program, *arguments):
+  output = subprocess.run(
+    [sys.executable, "-c", program, *map(str, arguments)],
+    cwd=runs.ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  return float(output)
+
+
+def test_memory_stays_bounded_while_reading(tmp_path):
+  # Sparse files: 600 MB of zeros that take no room on disk.
+  shape = (12_500, 64, 64, 3)
+  shards = []
+  for k in range(4):
+    name = f"images-{k:05d}.npy"
+    with open(tmp_path / name, "wb") as file:
+      np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+      )
+      file.truncate(file.tell() + int(np.prod(shape)))
+    shards.append({"file": name, "num_images": shape[0], "sha256": ""})
+  (tmp_path / "card.json").write_text(
+    json.dumps({"image_size": 64, "shards": shards})
   )
+  program = """
+import pathlib, sys
+from vitgan_jax.data import pipeline
+images = pipeline.PreparedImages(pathlib.Path(sys.argv[1]))
+stream = pipeline.ShuffledBatches(images, 128, 0)
+for step in range(int(sys.argv[2])):
+  stream[step]
+for line in open("/proc/self/status"):
+  if line.startswith("VmHWM"):
+    print(int(line.split()[1]) / 1024)
+"""
+  few = resident_megabytes(program, tmp_path, 1)
+  many = resident_megabytes(program, tmp_path, 390)  # all of the 600 MB
+  assert many - few < 300
 
 
-def test_image_of_the_right_height_is_only_cropped():
-  image = noise(32, 40, 3)
-  np.testing.assert_array_equal(pipeline.resize(image, 32), image[:, 4:36])
+def test_file_that_is_missing_or_cut_short_is_an_error(
+  prepared_folder, tmp_path
+):
+  for k, damage in enumerate(
+    [
+      lambda path: path.unlink(),
+      lambda path: os.truncate(path, 300),
+      lambda path: path.write_bytes(b""),
+      lambda path: np.save(path, np.zeros((4, 8, 8, 3))),
+      lambda path: np.save(path, np.zeros((5, 8, 8, 3), np.uint8)),
+    ]
+  ):
+    path = tmp_path / str(k)
+    datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+    damage(path / "images-00001.npy")
+    with pytest.raises(
+      config_lib.ConfigError, match=r"images-00001\.npy is damaged: delete"
+    ):
+      pipeline.PreparedImages(path)
 
 
-def test_what_lies_outside_the_square_does_not_matter():
-  image = noise(64, 40, 3)
-  other = noise(64, 40, 3, seed=1)
-  other[12:52] = image[12:52]
-  np.testing.assert_array_equal(
-    pipeline.resize(image, 16), pipeline.resize(other, 16)
-  )
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
+  path = tmp_path / "x"
+  datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+  if content is None:
+    (path / "card.json").unlink()
+  else:
+    (path / "card.json").write_text(content)
+  with pytest.raises(config_lib.ConfigError, match=r"card\.json is damaged"):
+    pipeline.PreparedImages(path)
 
 
-@pytest.mark.parametrize("size", [8, 16])
-def test_grey_image_becomes_three_equal_channels(size):
-  image = noise(8, 8, 1)
-  resized = pipeline.resize(image, size)
-  assert resized.shape == (size, size, 3) and resized.dtype == np.uint8
-  expected = Image.fromarray(image[..., 0]).resize(
-    (size, size), Image.Resampling.LANCZOS
-  )
-  for channel in range(3):
-    np.testing.assert_array_equal(resized[..., channel], np.asarray(expected))
+def test_dataset_without_classes_has_no_labels(prepared_folder):
+  with pytest.raises(config_lib.ConfigError, match="no class labels"):
+    pipeline.PreparedImages(prepared_folder).labels()
+
+
+def test_reading_prepared_images_imports_neither_tensorflow_nor_jax():
+  pipeline.load_images(digits.get_config("smoke").data)
+  program = """
+import sys
+from configs import digits
+from vitgan_jax.data import pipeline
+images = pipeline.load_images(digits.get_config("smoke").data)
+batch = pipeline.ShuffledBatches(images, 8, 0)[0]
+heavy = ("tensorflow", "tensorflow_datasets", "jax", "jaxlib")
+print(batch.shape, [module for module in heavy if module in sys.modules])
+"""
+  output = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=runs.ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  assert output == "(8, 16, 16, 3) []\n"
 
 
 def numbered(num_images):
   """Returns images [N, 1, 1, 3] that tell their index."""
-  images = np.arange(num_images, dtype=np.uint8).reshape(-1, 1, 1, 1)
+  images = np.arange(num_images, dtype=np.uint16).reshape(-1, 1, 1, 1)
   return images.repeat(3, axis=-1)
 
 
-@pytest.mark.parametrize(
-  "num_images, batch_size, processes",
-  [(12, 4, 1), (12, 4, 2), (10, 4, 2), (7, 6, 3), (5, 16, 4), (1, 2, 2)],
-)
+def random_cases(count):
+  """Returns [(num_images, batch_size, processes)], all sorts of them."""
+  rng = np.random.default_rng(0)
+  cases = [(12, 4, 1), (10, 4, 2), (7, 6, 3), (5, 16, 4), (1, 2, 2)]
+  for _ in range(count):
+    cases.append(tuple(rng.integers(1, [300, 70, 9]).tolist()))
+  return cases
+
+
+@pytest.mark.parametrize("num_images, batch_size, processes", random_cases(40))
 def test_each_epoch_has_every_image_once(num_images, batch_size, processes):
   streams = [
     pipeline.ShuffledBatches(numbered(num_images), batch_size, 3, i, processes)
     for i in range(processes)
   ]
-  epochs = 5
+  epochs = 3
   steps = -(-epochs * num_images // batch_size)
   seen = np.concatenate(
     [s[t][:, 0, 0, 0] for t in range(steps) for s in streams]
   )
+  assert len(seen) == steps * batch_size
   for epoch in range(epochs):
     part = seen[epoch * num_images : (epoch + 1) * num_images]
     np.testing.assert_array_equal(np.sort(part), np.arange(num_images))
 
 
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_share_the_batch_that_one_would_read(processes):
-  images = numbered(31)
-  whole = pipeline.ShuffledBatches(images, 12, 0)
+@pytest.mark.parametrize("num_images, batch_size, processes", random_cases(40))
+def test_processes_share_the_batch_that_one_would_read(
+  num_images, batch_size, processes
+):
+  images = numbered(num_images)
+  whole = pipeline.ShuffledBatches(images, batch_size, 0)
   parts = [
-    pipeline.ShuffledBatches(images, 12, 0, i, processes)
+    pipeline.ShuffledBatches(images, batch_size, 0, i, processes)
     for i in range(processes)
   ]
   for step in range(6):
-    assert all(len(part[step]) == 12 // processes for part in parts)
+    local = [part[step] for part in parts]
+    lengths = [len(batch) for batch in local]
+    assert max(lengths) - min(lengths) <= 1
+    np.testing.assert_array_equal(np.concatenate(local), whole[step])
+
+
+@pytest.mark.parametrize("num_images, batch_size, processes", random_cases(10))
+def test_stream_that_goes_on_elsewhere_equals_one_that_did_not_stop(
+  prepared_folder, num_images, batch_size, processes
+):
+  del num_images
+  images = pipeline.PreparedImages(prepared_folder)
+  whole = [
+    pipeline.ShuffledBatches(images, batch_size, 5)[step] for step in range(12)
+  ]
+  stop = batch_size % 11
+  state = pipeline.ShuffledBatches(images, batch_size, 5, 0, 2).state(stop)
+  # Saved by one of two processes, and read by any number of new ones.
+  parts = [
+    pipeline.ShuffledBatches(
+      pipeline.PreparedImages(prepared_folder), batch_size, 5, i, processes
+    )
+    for i in range(processes)
+  ]
+  for step in range(parts[0].step(state), 12):
     np.testing.assert_array_equal(
       np.concatenate([part[step] for part in parts]), whole[step]
     )
+  assert parts[0].step(state) == stop
+
+
+def test_state_is_a_few_numbers(prepared_folder):
+  images = pipeline.PreparedImages(prepared_folder)
+  state = pipeline.ShuffledBatches(images, 4, 5).state(10**6)
+  assert state == {
+    "next_image": 4_000_000,
+    "seed": 5,
+    "num_images": 18,
+    "fingerprint": images.fingerprint,
+  }
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"num_images": 17}, {"fingerprint": "x"}, {"seed": 1}, {"next_image": 5}],
+)
+def test_state_of_other_images_is_refused(prepared_folder, change):
+  images = pipeline.PreparedImages(prepared_folder)
+  stream = pipeline.ShuffledBatches(images, 4, 5)
+  with pytest.raises(config_lib.ConfigError, match="not the same"):
+    stream.step(stream.state(3) | change)
+
+
+def test_fingerprint_tells_images_apart(prepared_folder, tmp_path):
+  path = tmp_path / "x"
+  datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+  same = pipeline.PreparedImages(path).fingerprint
+  assert same == pipeline.PreparedImages(prepared_folder).fingerprint
+  card = (path / "card.json").read_text()
+  checksum = pipeline.PreparedImages(path).card["shards"][3]["sha256"]
+  (path / "card.json").write_text(card.replace(checksum, checksum[::-1]))
+  assert pipeline.PreparedImages(path).fingerprint != same
 
 
 def test_batch_is_a_function_of_the_step():
@@ -135,266 +308,37 @@ def test_order_is_pinned():
   np.testing.assert_array_equal(indices, [9, 1, 3, 8, 7, 6, 0, 4, 2, 5])
 
 
-class FakeBuilder:
-  """As much of a TFDS builder as preparing needs."""
-
-  def __init__(self, num_images):
-    split = SimpleNamespace(num_examples=num_images)
-    self.info = SimpleNamespace(full_name="fake/1.0.0", splits={"train": split})
-
-
-@pytest.fixture
-def data(tmp_path):
-  return ml_collections.ConfigDict(
-    {
-      "dataset": "fake",
-      "split": "train",
-      "image_size": 4,
-      "data_dir": str(tmp_path),
-    }
-  )
+def test_prefetch_yields_everything_in_order():
+  for depth in (0, 1, 3):
+    items = list(pipeline.prefetch(lambda x: x * x, range(7), depth))
+    assert items == [0, 1, 4, 9, 16, 25, 36]
+  assert list(pipeline.prefetch(lambda x: x, [])) == []
 
 
-def files_in(folder):
-  return [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+def test_prefetch_works_ahead_and_not_too_far():
+  made, ready = [], threading.Event()
+
+  def make(x):
+    made.append(x)
+    if len(made) == 3:
+      ready.set()
+    return x
+
+  items = pipeline.prefetch(make, range(100), depth=2)
+  assert next(items) == 0
+  assert ready.wait(10)  # without another next()
+  time.sleep(0.05)
+  assert made == [0, 1, 2]
+  items.close()
 
 
-@pytest.fixture
-def fake_source(monkeypatch):
-  """Six images, read as if from TFDS."""
-  images = noise(6, 4, 4, 3)
-  monkeypatch.setattr(
-    pipeline, "_build", lambda data: (FakeBuilder(6), "image")
-  )
-  monkeypatch.setattr(pipeline, "_progress", lambda *args: iter(images))
-  return images
+def test_prefetch_passes_errors_on():
+  def make(x):
+    if x == 2:
+      raise config_lib.ConfigError("no more")
+    return x
 
-
-def test_images_are_prepared_once(data, fake_source, monkeypatch):
-  np.testing.assert_array_equal(pipeline.load_images(data), fake_source)
-
-  def build(data):
-    raise AssertionError("built again")
-
-  monkeypatch.setattr(pipeline, "_build", build)
-  images = pipeline.load_images(data)
-  np.testing.assert_array_equal(images, fake_source)
-  assert isinstance(images, np.memmap)
-  with pytest.raises(ValueError, match="read-only"):
-    images[0] = 0
-
-
-def test_preparing_leaves_the_array_and_its_card(data, fake_source):
-  pipeline.load_images(data)
-  path = pipeline.prepared_path(data)
-  card = path.with_suffix(".json")
-  assert sorted(files_in(data.data_dir)) == sorted([path, card])
-  assert json.loads(card.read_text()) == {
-    "dataset": "fake/1.0.0",
-    "split": "train",
-    "num_images": 6,
-    "image_size": 4,
-    "crop": "largest centred square",
-    "filter": "lanczos",
-  }
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_preparing_that_is_cut_off_leaves_nothing(
-  data, fake_source, monkeypatch, error
-):
-  def cut_off(*args):
-    yield from fake_source[:3]
-    raise error
-
-  monkeypatch.setattr(pipeline, "_progress", cut_off)
-  with pytest.raises(error):
-    pipeline.load_images(data)
-  assert not files_in(data.data_dir)
-
-
-def test_source_with_too_few_images_is_not_filled_up(
-  data, fake_source, monkeypatch
-):
-  monkeypatch.setattr(pipeline, "_progress", lambda *args: fake_source[:3])
-  with pytest.raises(config_lib.ConfigError):
-    pipeline.load_images(data)
-  assert not files_in(data.data_dir)
-
-
-@pytest.mark.parametrize(
-  "field", ["dataset", "split", "image_size", "data_dir"]
-)
-def test_each_choice_of_data_has_its_own_array(data, field):
-  other = data.copy_and_resolve_references()
-  other[field] = 2 * data[field]
-  assert pipeline.prepared_path(other) != pipeline.prepared_path(data)
-
-
-def test_data_dir_defaults_to_the_one_of_tfds(data, monkeypatch):
-  data.data_dir = ""
-  monkeypatch.setenv("TFDS_DATA_DIR", "/somewhere")
-  assert pipeline.prepared_path(data).is_relative_to("/somewhere")
-  monkeypatch.delenv("TFDS_DATA_DIR")
-  home = pathlib.Path("~/tensorflow_datasets").expanduser()
-  assert pipeline.prepared_path(data).is_relative_to(home)
-
-
-def test_reading_prepared_images_does_not_import_tensorflow():
-  pipeline.load_images(digits.get_config("smoke").data)
-  program = """
-import sys
-from configs import digits
-from vitgan_jax.data import pipeline
-images = pipeline.load_images(digits.get_config("smoke").data)
-batch = pipeline.ShuffledBatches(images, 8, 0)[0]
-print(batch.shape, [m for m in sys.modules if m.startswith("tensorflow")])
-"""
-  output = subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=runs.ROOT,
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout
-  assert output == "(8, 16, 16, 3) []\n"
-
-
-def test_unknown_split_is_an_error_that_lists_the_splits(data):
-  data.dataset, data.split = "sklearn_digits", "valid"
-  with pytest.raises(config_lib.ConfigError, match="it has train, test"):
-    pipeline.load_images(data)
-
-
-@pytest.mark.parametrize("split", ["train[:0]", "train[:5"])
-def test_bad_part_of_a_split_is_an_error_of_one_line(data, split):
-  data.dataset, data.split = "sklearn_digits", split
-  with pytest.raises(config_lib.ConfigError) as error:
-    pipeline.load_images(data)
-  assert split in str(error.value) and "\n" not in str(error.value)
-
-
-def test_part_of_a_split_is_the_same_images(data):
-  data.dataset, data.split, data.image_size = "sklearn_digits", "train", 8
-  whole = pipeline.load_images(data)
-  data.split = "train[10:15]"
-  np.testing.assert_array_equal(pipeline.load_images(data), whole[10:15])
-
-
-def test_dataset_without_images_is_an_error(data):
-  data.dataset = "glue"
-  with pytest.raises(config_lib.ConfigError, match="has no images"):
-    pipeline.load_images(data)
-
-
-def test_dataset_that_does_not_exist_is_an_error_with_a_hint(data, monkeypatch):
-  def unknown(name, **kwargs):
-    raise tfds.core.registered.DatasetNotFoundError(f"{name}\nnot found")
-
-  monkeypatch.setattr(tfds, "builder", unknown)
-  data.dataset = "cifr10"
-  with pytest.raises(config_lib.ConfigError, match="cifar10") as error:
-    pipeline.load_images(data)
-  assert "'cifr10'" in str(error.value) and "\n" not in str(error.value)
-  assert not files_in(data.data_dir)
-
-
-def test_download_that_fails_is_an_error_that_says_what_to_do(
-  data, monkeypatch
-):
-  def fail(self, **kwargs):
-    raise ConnectionError("no route to host\nmore lines")
-
-  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-  data.dataset = "cifar10"
-  with pytest.raises(config_lib.ConfigError) as error:
-    pipeline.load_images(data)
-  message = str(error.value)
-  assert "no route to host" in message and "config.data.data_dir" in message
-  assert "\n" not in message
-  assert not files_in(data.data_dir)
-
-
-def write_cifar10(folder, images, labels):
-  """Writes images [6 n, 32, 32, 3] as the archive that cifar10 downloads."""
-  builder = tfds.builder("cifar10", data_dir=str(folder))
-  url = builder._cifar_info.url
-  url_info = builder.url_infos[url]
-  downloads = epath.Path(folder) / "downloads"
-  downloads.mkdir(parents=True)
-  path = downloads / resource.get_dl_fname(url, url_info.checksum)
-  names = [*builder._cifar_info.train_files, *builder._cifar_info.test_files]
-  # Each record: a byte of label, then 1,024 bytes each of red, green, blue.
-  records = np.concatenate(
-    [labels[:, None], images.transpose(0, 3, 1, 2).reshape(len(images), -1)],
-    axis=1,
-  ).astype(np.uint8)
-  files = dict(zip(names, [x.tobytes() for x in np.split(records, len(names))]))
-  files["batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
-  with tarfile.open(path, "w:gz") as archive:
-    for name, content in files.items():
-      info = tarfile.TarInfo(builder._cifar_info.prefix + name)
-      info.size = len(content)
-      archive.addfile(info, io.BytesIO(content))
-  resource.write_info_file(
-    url, path, "cifar10", os.path.basename(url), url_info
-  )
-
-
-def test_cifar10_of_tfds_trains(tmp_path):
-  images = noise(48, 32, 32, 3)  # eight in each of the archive's six files
-  labels = np.random.default_rng(0).integers(0, 10, 48)
-  write_cifar10(tmp_path / "data", images, labels)
-  config = cifar10.get_config("smoke")
-  config.data.data_dir = str(tmp_path / "data")
-  config.total_kimg = 0.016  # one call
-
-  prepared = pipeline.load_images(config.data)
-  index = {image.tobytes(): i for i, image in enumerate(images)}
-  order = [index[image.tobytes()] for image in prepared]  # TFDS shuffles once
-  assert sorted(order) == list(range(40))
-  np.testing.assert_array_equal(
-    pipeline.load_labels(config.data), labels[order]
-  )
-
-  run = runs.train_quietly(config, tmp_path / "run", num_devices=1)
-  assert int(run.state.step) == 2
-  assert (run.workdir / "samples" / "00000002.png").exists()
-
-
-@pytest.fixture
-def mock_images(monkeypatch):
-  """TFDS with 20 random images in the split `train` of any dataset."""
-
-  def prepare(self, **kwargs):
-    split = tfds.core.SplitInfo(name="train", shard_lengths=[20], num_bytes=0)
-    self.info.set_splits(tfds.core.SplitDict([split]))
-
-  with (
-    tfds.testing.mock_data(num_examples=20),
-    pytest.MonkeyPatch.context() as m,
-  ):
-    m.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
-    yield
-
-
-@pytest.mark.parametrize("module", [celeba64, lsun_bedroom64])
-def test_images_of_64_pixels_train(module, mock_images, tmp_path):
-  config = module.get_config("smoke")
-  config.data.data_dir = str(tmp_path / "data")
-  config.total_kimg = 0.016  # one call
-  builder = tfds.builder(config.data.dataset, data_dir=config.data.data_dir)
-  builder.download_and_prepare()
-  dataset = builder.as_dataset(split="train", shuffle_files=False)
-  source = [example["image"] for example in tfds.as_numpy(dataset)]
-  assert all(image.shape[0] != image.shape[1] for image in source[:1])
-
-  prepared = pipeline.load_images(config.data)
-  assert prepared.shape == (20, 64, 64, 3)
-  for image, original in zip(prepared, source):
-    np.testing.assert_array_equal(image, pipeline.resize(original, 64))
-
-  run = runs.train_quietly(config, tmp_path / "run", num_devices=1)
-  assert int(run.state.step) == 2
-  with Image.open(run.workdir / "grid.png") as grid:
-    assert grid.size == (536, 536)  # 4 x 4 images of 64 and gaps of 4, twice
+  items = pipeline.prefetch(make, range(5))
+  assert [next(items), next(items)] == [0, 1]
+  with pytest.raises(config_lib.ConfigError, match="no more"):
+    next(items)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import digits
 from tests import runs
-from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import checkpoint, partitioning, pictures, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.gan_step import to_float
 from vitgan_jax.train_state import build_models
@@ -105,45 +105,6 @@ def test_uint8_images_survive_the_way_to_floats_and_back():
   np.testing.assert_array_equal(sample.to_uint8(to_float(values)), values)
 
 
-@pytest.mark.parametrize(
-  "num_images, rows, columns",
-  [
-    (1, 1, 1),
-    (2, 1, 2),
-    (3, 2, 2),
-    (5, 2, 3),
-    (7, 3, 3),
-    (16, 4, 4),
-    (64, 8, 8),
-  ],
-)
-@pytest.mark.parametrize("size, gap", [(4, 0), (16, 1), (32, 2)])
-def test_grid_has_the_images_in_rows(num_images, rows, columns, size, gap):
-  rng = np.random.default_rng(0)
-  images = rng.integers(1, 256, (num_images, size, size, 3), dtype=np.uint8)
-  pitch = size + gap
-  expected = np.zeros((rows * pitch - gap, columns * pitch - gap, 3), np.uint8)
-  for i, image in enumerate(images):
-    for y in range(size):
-      for x in range(size):
-        row, column = divmod(i, columns)
-        expected[row * pitch + y, column * pitch + x] = image[y, x]
-  grid = sample.image_grid(images)
-  assert grid.dtype == np.uint8
-  np.testing.assert_array_equal(grid, expected)
-
-
-@pytest.mark.parametrize("min_side, factor", [(0, 1), (4, 1), (5, 2), (12, 3)])
-def test_png_is_enlarged_by_whole_pixels(tmp_path, min_side, factor):
-  image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-  sample.write_png(tmp_path / "image.png", image, min_side)
-  with Image.open(tmp_path / "image.png") as written:
-    pixels = np.asarray(written)
-  np.testing.assert_array_equal(
-    pixels, np.kron(image, np.ones((factor, factor, 1), np.uint8))
-  )
-
-
 def read_pngs(folder):
   """Returns {name: pixels} of the PNGs in a folder."""
   images = {}
@@ -185,7 +146,7 @@ def test_folder_has_the_samples_and_their_grid(folder):
   singles = np.stack([images[name] for name in names[:3]])
   assert singles.shape == (3, 16, 16, 3)
   grid = np.kron(
-    sample.image_grid(singles), np.ones((16, 16, 1), np.uint8)
+    pictures.image_grid(singles), np.ones((16, 16, 1), np.uint8)
   )  # two images of 16 pixels a side, enlarged to 512
   np.testing.assert_array_equal(images["grid.png"], grid)
 
@@ -210,7 +171,7 @@ def test_raw_generator_is_not_used(workdir, digits_run, folder, monkeypatch):
     g_params=jax.tree.map(lambda x: x * np.nan, state.g_params),
   )
   with checkpoint.create_manager(workdir) as manager:
-    checkpoint.save(manager, state)
+    checkpoint.save(manager, state, {})
   sample.sample(workdir, 3, 0, workdir / "new")
   images = read_pngs(workdir / "new")
   for name, image in read_pngs(folder).items():

@@ -10,9 +10,9 @@ import pytest
 
 from configs import digits
 from tests import monitor_test, runs, tiny
-from vitgan_jax import checkpoint, partitioning, sample, train
+from vitgan_jax import checkpoint, partitioning, pictures, sample, train
 from vitgan_jax import config as config_lib
-from vitgan_jax.data import pipeline
+from vitgan_jax.data import pipeline, prepare
 
 
 def restore(workdir, step):
@@ -85,7 +85,7 @@ def test_grids_show_the_same_latents_of_the_averaged_generator(digits_run):
     for step in (4, 8):
       state = restore(digits_run.workdir, step)
       images = np.asarray(sampler(state.g_ema_params, 0, 0))
-      grids.append(sample.image_grid(images))
+      grids.append(pictures.image_grid(images))
   assert grids[1].shape == (67, 67, 3)  # 4 x 4 of 16, and gaps of 1
   _, in_tensorboard = monitor_test.read_events(digits_run.workdir)
   for step, grid in zip((4, 8), grids):
@@ -204,6 +204,20 @@ def test_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(
   tiny.assert_bit_equal(restore(workdir, 8), digits_run.state)
 
 
+def test_run_does_not_go_on_with_other_images(digits_run, tmp_path):
+  config = digits.get_config("smoke")
+  config.total_kimg = 0.128
+  config.data.split = "train[1:]"  # other images...
+  other = prepare.prepare(config.data)
+  config.data.split = "train"
+  config.data.data_dir = str(tmp_path / "data")  # ... under the same name
+  shutil.copytree(other, prepare.prepared_path(config.data))
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+  with pytest.raises(config_lib.ConfigError, match=r"1,497 images.*1,496"):
+    runs.train_quietly(config, workdir)
+  assert saved_steps(workdir) == [4, 8]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_metric_that_is_not_finite_is_named(value):
   assert train._check_finite(4, {"loss/d": np.float32(2)}) == {"loss/d": 2.0}
@@ -260,6 +274,7 @@ def failing(data):
     ({"batch_size": 12}, "must be a multiple of the 8 devices"),
     ({"generator.num_heads": 3}, "must divide"),
     ({"data.dataset": "fails"}, "no data"),
+    ({"data.split": "train[:5]"}, "has 5 images .*batch_size=8"),
   ],
 )
 def test_run_that_cannot_start_leaves_no_workdir(

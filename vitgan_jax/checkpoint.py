@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the whole training state."""
+"""Orbax checkpoints of the whole training state and the place in the data."""
 
 import pathlib
 
@@ -26,11 +26,22 @@ def _directory(workdir):
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
-def save(manager, state):
-  """Saves a GANState under its step; returns before it is on disk."""
+def save(manager, state, data_state):
+  """Saves under the state's step; returns before it is on disk.
+
+  Args:
+    manager: of `create_manager`.
+    state: GANState.
+    data_state: of the stream of batches, a dict for JSON.
+  """
   step = int(state.step)
   if step not in manager.all_steps():
-    manager.save(step, args=ocp.args.StandardSave(state))
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+      ),
+    )
 
 
 def restore(manager, config, sharding, step=None):
@@ -53,12 +64,22 @@ def restore(manager, config, sharding, step=None):
     jax.eval_shape(lambda: create_train_state(config)),
   )
   try:
-    return manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    return manager.restore(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+    ).state
   except ValueError as error:  # Orbax lists both trees, over many lines
     raise ConfigError(
       f"checkpoint {step} in {manager.directory} holds another model than this "
       "config describes: another config or version made it"
     ) from error
+
+
+def restore_data_state(manager, step):
+  """Returns what `save` got as `data_state` at a step."""
+  return manager.restore(
+    step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+  ).data
 
 
 def restore_latest(workdir, config, sharding):

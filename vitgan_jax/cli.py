@@ -21,7 +21,7 @@ def run(main):
 
   def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)
+      logging.set_verbosity(logging.ERROR)  # TensorFlow warns of itself
     try:
       main(argv[1:])
     except ConfigError as error:

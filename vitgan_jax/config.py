@@ -5,8 +5,6 @@ import pathlib
 
 import ml_collections
 
-from vitgan_jax.losses import ADVERSARIAL_LOSSES
-
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
   "total_kimg",
@@ -16,6 +14,7 @@ _MAY_CHANGE = (
   "checkpoint_every_kimg",
   "keep_checkpoints",
   "data.data_dir",
+  "data.path",
 )
 
 _CHOICES = {
@@ -25,7 +24,6 @@ _CHOICES = {
   "generator.patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
   "discriminator.attention": ("l2", "dot"),
   "discriminator.spectral_norm": ("isn", "sn", "none"),
-  "loss.adversarial": tuple(ADVERSARIAL_LOSSES),
 }
 
 _POSITIVE = (
@@ -87,8 +85,11 @@ def validate(config):
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
+  from vitgan_jax.losses import ADVERSARIAL_LOSSES  # late: it imports JAX
+
   values = flatten(config)
-  for field, choices in _CHOICES.items():
+  choices_of = {**_CHOICES, "loss.adversarial": tuple(ADVERSARIAL_LOSSES)}
+  for field, choices in choices_of.items():
     if values[field] not in choices:
       raise ConfigError(
         f"config.{field}={values[field]!r} must be one of {', '.join(choices)}"
@@ -104,6 +105,16 @@ def validate(config):
   for field in _NOT_NEGATIVE:
     if values[field] < 0:
       raise ConfigError(f"config.{field}={values[field]} must not be negative")
+  crop = config.data.crop
+  if crop and not (
+    len(crop) == 4
+    and min(crop) >= 0
+    and crop[2] - crop[0] == crop[3] - crop[1] > 0
+  ):
+    raise ConfigError(
+      f"config.data.crop={tuple(crop)} must be empty or the left, top, right "
+      "and bottom of a square in pixels, as (25, 57, 153, 185)"
+    )
   size = config.data.image_size
   for name in ("generator", "discriminator"):
     network = config[name]
@@ -162,12 +173,17 @@ def load(workdir):
       "folder of a training run as --workdir"
     )
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(), object_hook=_with_tuples)
   except ValueError:
     values = None
   if not isinstance(values, dict):
     raise ConfigError(f"{path} is damaged: it holds no config")
   return ml_collections.ConfigDict(values).lock()
+
+
+def _with_tuples(values):
+  # JSON knows only lists.
+  return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
 
 
 def claim_workdir(config, workdir):

@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 
+from vitgan_jax import pictures
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 
@@ -110,11 +111,11 @@ class SampleWriter:
     batches = sample_lib.sample_images(
       self._sampler, state.g_ema_params, SAMPLE_SEED, self._count
     )
-    grid = sample_lib.image_grid(np.concatenate(list(batches)))
+    grid = pictures.image_grid(np.concatenate(list(batches)))
     scalars = self._diagnostics(state, self._real_images, self._latents)
     if jax.process_index() == 0:
       path = self._folder / f"{step:08d}.png"
-      sample_lib.write_png(path, grid, min_side=512)
+      pictures.write_png(path, grid, min_side=512)
       shutil.copyfile(path, self.latest)
     self._writer.write(
       step,

@@ -8,10 +8,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning
+from vitgan_jax import checkpoint, partitioning, pictures
 from vitgan_jax import config as config_lib
 from vitgan_jax.train_state import build_models
 
@@ -67,30 +66,6 @@ def to_uint8(images):
   return jnp.rint((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def image_grid(images):
-  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows.
-
-  A black gap of a sixteenth of an image keeps neighbours apart.
-  """
-  num_images, size, _, channels = images.shape
-  columns = int(np.ceil(np.sqrt(num_images)))
-  rows = -(-num_images // columns)
-  gap = size // 16
-  pitch = size + gap
-  grid = np.zeros((rows * columns, pitch, pitch, channels), images.dtype)
-  grid[:num_images, :size, :size] = images
-  grid = grid.reshape(rows, columns, pitch, pitch, channels).swapaxes(1, 2)
-  grid = grid.reshape(rows * pitch, columns * pitch, channels)
-  return grid[: rows * pitch - gap, : columns * pitch - gap]
-
-
-def write_png(path, image, min_side=0):
-  """Writes a uint8 image [H, W, 3]; enlarges it by whole pixels to min_side."""
-  factor = max(1, -(-min_side // min(image.shape[:2])))
-  image = image.repeat(factor, axis=0).repeat(factor, axis=1)
-  Image.fromarray(image).save(path)
-
-
 def sample(workdir, num_samples, seed, output):
   """Writes `grid.png` and `000000.png`, ... from a workdir's last checkpoint.
 
@@ -127,9 +102,10 @@ def sample(workdir, num_samples, seed, output):
   with tqdm(total=num_samples, desc="Sampling", unit=" images") as progress:
     for batch in batches:
       for image in batch:
-        write_png(output / f"{progress.n:06d}.png", image)
+        pictures.write_png(output / f"{progress.n:06d}.png", image)
         if len(first) < 64:
           first.append(image)
         progress.update()
-  write_png(output / "grid.png", image_grid(np.stack(first)), min_side=512)
+  grid = pictures.image_grid(np.stack(first))
+  pictures.write_png(output / "grid.png", grid, min_side=512)
   print(f"{num_samples} samples of step {int(state.step)} are in {output}")

@@ -44,6 +44,12 @@ def train_and_evaluate(config, workdir):
       f"{mesh.size} devices"
     )
   images = pipeline.load_images(config.data)
+  if len(images) < config.batch_size:
+    raise config_lib.ConfigError(
+      f"{config.data.dataset} has {len(images)} images in "
+      f"{config.data.split!r}, fewer than config.batch_size="
+      f"{config.batch_size}: give more images or a smaller batch"
+    )
   config_lib.claim_workdir(config, workdir)
   batches = pipeline.ShuffledBatches(
     images,
@@ -64,9 +70,12 @@ def train_and_evaluate(config, workdir):
         lambda: create_train_state(config), out_shardings=replicated
       )
       state = init()
+      first_step = 0
     else:
+      first_step = batches.step(
+        checkpoint.restore_data_state(manager, manager.latest_step())
+      )
       state = checkpoint.restore(manager, config, replicated)
-    first_step = int(state.step)
     if is_first_process:
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
@@ -74,14 +83,15 @@ def train_and_evaluate(config, workdir):
     train_steps = make_train_steps(config, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
+
+    def load(step):
+      local = [batches[step + i] for i in range(config.steps_per_call)]
+      return step, partitioning.global_batch(mesh, np.stack(local), axis=1)
+
+    calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
-    for step in range(first_step, total_steps, config.steps_per_call):
-      local = np.stack(
-        [batches[step + i] for i in range(config.steps_per_call)]
-      )
-      state, metrics = train_steps(
-        state, partitioning.global_batch(mesh, local, axis=1)
-      )
+    for step, real_images in pipeline.prefetch(load, calls):
+      state, metrics = train_steps(state, real_images)
       if pending:
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call
@@ -94,7 +104,7 @@ def train_and_evaluate(config, workdir):
         samples.write(step, state)
       if last or _passes(config, step, config.checkpoint_every_kimg):
         _check_finite(step, metrics)  # a checkpoint must be worth resuming
-        checkpoint.save(manager, state)
+        checkpoint.save(manager, state, batches.state(step))
       if stopping:
         break
     if pending:

@@ -75,7 +75,8 @@ def evaluate(workdir):
 
   def labelled(split):
     data = ml_collections.ConfigDict({**config.data, "split": split})
-    return pipeline.load_images(data), pipeline.load_labels(data)
+    images = pipeline.load_images(data)
+    return images[:], images.labels()
 
   classifier = fit_classifier(*labelled("train"))
   real_images, real_labels = labelled("test")

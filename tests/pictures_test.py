@@ -1,0 +1,44 @@
+import numpy as np
+from PIL import Image
+import pytest
+
+from vitgan_jax import pictures
+
+
+@pytest.mark.parametrize(
+  "num_images, rows, columns",
+  [
+    (1, 1, 1),
+    (2, 1, 2),
+    (3, 2, 2),
+    (5, 2, 3),
+    (7, 3, 3),
+    (16, 4, 4),
+    (64, 8, 8),
+  ],
+)
+@pytest.mark.parametrize("size, gap", [(4, 0), (16, 1), (32, 2)])
+def test_grid_has_the_images_in_rows(num_images, rows, columns, size, gap):
+  rng = np.random.default_rng(0)
+  images = rng.integers(1, 256, (num_images, size, size, 3), dtype=np.uint8)
+  pitch = size + gap
+  expected = np.zeros((rows * pitch - gap, columns * pitch - gap, 3), np.uint8)
+  for i, image in enumerate(images):
+    for y in range(size):
+      for x in range(size):
+        row, column = divmod(i, columns)
+        expected[row * pitch + y, column * pitch + x] = image[y, x]
+  grid = pictures.image_grid(images)
+  assert grid.dtype == np.uint8
+  np.testing.assert_array_equal(grid, expected)
+
+
+@pytest.mark.parametrize("min_side, factor", [(0, 1), (4, 1), (5, 2), (12, 3)])
+def test_png_is_enlarged_by_whole_pixels(tmp_path, min_side, factor):
+  image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+  pictures.write_png(tmp_path / "image.png", image, min_side)
+  with Image.open(tmp_path / "image.png") as written:
+    pixels = np.asarray(written)
+  np.testing.assert_array_equal(
+    pixels, np.kron(image, np.ones((factor, factor, 1), np.uint8))
+  )

@@ -1,0 +1,141 @@
+"""LSUN from the LMDBs that its authors publish, read in place.
+
+The builder of TFDS reads them with tensorflow-io, which does not load beside
+recent versions of TensorFlow.
+"""
+
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from vitgan_jax.config import ConfigError
+from vitgan_jax.data import archives
+from vitgan_jax.data.folders import data_dir, manual_dir, not_downloaded
+from vitgan_jax.data.in_place import InPlaceBuilder
+
+
+def open_category(data, category):
+  """Returns a builder of one category, from its LMDBs or the zips of them.
+
+  They are at data.path, or where TFDS keeps downloads, or are downloaded.
+
+  Raises:
+    ConfigError: if there is no such category, or it cannot be had.
+  """
+  published = tfds.builder_cls("lsun")
+  if category not in published.builder_configs:
+    raise ConfigError(
+      f"config.data.dataset={data.dataset!r}: the categories of LSUN are "
+      f"{', '.join(published.builder_configs)}, as lsun/bedroom"
+    )
+  urls = {
+    url.rsplit("/", 1)[1].removesuffix(".zip"): url
+    for url in published.url_infos
+  }
+  if f"{category}_train_lmdb" in urls:  # scenes; objects have one LMDB
+    names = {
+      "train": f"{category}_train_lmdb",
+      "validation": f"{category}_val_lmdb",
+    }
+  else:
+    names = {"train": category}
+  if data.path:
+    folders = {"train": _folder_of(data, data.path)}
+  else:
+    folders = {
+      split: _find(data, published, name, urls[name])
+      for split, name in names.items()
+      if split in data.split  # which may be "train[:50%]"
+    }
+  if not folders:
+    raise ConfigError(
+      f"config.data.split={data.split!r}: LSUN {category} has "
+      f"{', '.join(names)} and parts like 'train[:90%]'"
+    )
+  splits = {}
+  for split, folder in folders.items():
+    archive = archives.open_archive(folder)
+    splits[split] = (archive, np.arange(len(archive.names)))
+  return InPlaceBuilder(
+    f"lsun_{category}",
+    folder,
+    splits,
+    description=f"LSUN, images of the category {category}.",
+    license="not stated by its authors, see https://www.yf.io/p/lsun",
+  )
+
+
+def _find(data, published, name, url):
+  """Returns the folder of an LMDB: found, extracted or downloaded."""
+  for path in (manual_dir(data) / name, manual_dir(data) / f"{name}.zip"):
+    if path.exists():
+      return _folder_of(data, path)
+  try:
+    manager = tfds.download.DownloadManager(
+      download_dir=data_dir(data) / "downloads",
+      url_infos=published.url_infos,  # with the checksums
+      dataset_name=published.name,
+    )
+    path = manager.download(url)
+  except Exception as error:
+    raise not_downloaded(
+      data,
+      error,
+      f"Download {url} and put it, or the folder that it holds, into "
+      f"{manual_dir(data)}; or give the path as config.data.path",
+    ) from error
+  return _folder_of(data, path)
+
+
+def _folder_of(data, path):
+  """Returns the folder with data.mdb of an LSUN folder or zip."""
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    found = sorted(path.rglob("data.mdb"))
+    if len(found) == 1:
+      return found[0].parent
+    raise ConfigError(
+      f"{path} should hold one data.mdb, as the LMDBs of LSUN do; it has "
+      f"{len(found)}"
+    )
+  if not zipfile.is_zipfile(path):
+    raise ConfigError(f"no LMDB, nor a whole zip of one, at {path}")
+  name = f"lsun-{archives.fingerprint(path)}"
+  folder = data_dir(data) / "downloads" / "extracted" / name
+  if not folder.exists():
+    try:
+      _extract(path, folder)
+    except zipfile.BadZipFile as error:
+      raise ConfigError(
+        f"{path} is damaged ({error}): download it anew"
+      ) from error
+  return folder
+
+
+def _extract(path, folder):
+  """Extracts data.mdb, which is tens of gigabytes, of a zip."""
+  with zipfile.ZipFile(path) as archive:
+    names = [name for name in archive.namelist() if name.endswith("data.mdb")]
+    if len(names) != 1:
+      raise ConfigError(
+        f"{path} should hold one data.mdb, as the zips of LSUN do; it has "
+        f"{len(names)}"
+      )
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (
+      archive.open(names[0]) as source,
+      open(partial / "data.mdb", "wb") as target,
+      tqdm.wrapattr(
+        source,
+        "read",
+        total=archive.getinfo(names[0]).file_size,
+        desc=f"Extracting {path.name}",
+      ) as progress,
+    ):
+      shutil.copyfileobj(progress, target, 2**20)
+  partial.rename(folder)  # a folder of this name is whole

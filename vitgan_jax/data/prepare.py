@@ -1,0 +1,225 @@
+r"""Decodes, crops and resizes a dataset once, into uint8 arrays on disk.
+
+  python -m vitgan_jax.data.prepare --config=configs/celeba64.py
+  python -m vitgan_jax.data.prepare --config=configs/folder.py \
+    --config.data.path=photos.zip --config.data.image_size=128
+
+Training does the same by itself where nothing is prepared. A run that is cut
+off goes on where it was. What is there already is checked against its
+checksums.
+"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import re
+import shutil
+
+from absl import flags
+from ml_collections import config_flags
+import numpy as np
+from tqdm import tqdm
+
+from vitgan_jax import cli, pictures
+from vitgan_jax import config as config_lib
+from vitgan_jax.config import ConfigError
+from vitgan_jax.data import archives, decode, shards, sources
+from vitgan_jax.data.folders import data_dir
+
+# A shard is what a kill may lose. A reader keeps all of them open, and may have
+# 1,024 files open on most systems.
+_MIN_SHARD_IMAGES = 2048
+_MAX_SHARDS = 256
+
+
+def prepared_path(data):
+  """Returns the folder of the prepared images of a config's `data`.
+
+  Raises:
+    ConfigError: if data.path is given and nothing is there.
+  """
+  name = [data.dataset, data.split, str(data.image_size)]
+  if data.crop:
+    name.append("x".join(map(str, data.crop)))
+  if data.path:
+    # Other images under the same path are another dataset.
+    name.append(archives.fingerprint(data.path))
+  name = re.sub(r"[^\w.=+-]", "_", "-".join(name))
+  return data_dir(data) / "vitgan_jax" / name
+
+
+def read_card(path):
+  """Returns the card of a prepared folder, a dict.
+
+  Raises:
+    ConfigError: if it is damaged.
+  """
+  try:
+    return json.loads((path / "card.json").read_text())
+  except (OSError, ValueError) as error:
+    raise damaged(path, "card.json") from error
+
+
+def damaged(path, file):
+  """Returns the ConfigError for a prepared folder with a damaged file."""
+  return ConfigError(
+    f"{path / file} is damaged: delete {path} and prepare the dataset again"
+  )
+
+
+def prepare(data):
+  """Makes the prepared images of a config's `data`, if they are not there.
+
+  Args:
+    data: the config's `data`.
+
+  Returns:
+    Their folder. It holds `images-00000.npy`, ..., uint8 [n, S, S, 3];
+    `labels.npy`, int32, where the source has classes; `card.json`, with source,
+    crop, filter, licence, counts, checksums, and what was skipped; and
+    `contact_sheet.png`.
+
+  Raises:
+    ConfigError: if the dataset cannot be had, too many of its images are
+      corrupt, or the disk is full.
+  """
+  path = prepared_path(data)
+  if path.exists():
+    return path
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.parent):
+      if not path.exists():  # another process may have been at it
+        _prepare(data, path)
+  except OSError as error:
+    raise ConfigError(
+      f"cannot prepare {data.dataset} in {path.parent}: "
+      f"{error.strerror or error}. Make "
+      "room, or give another disk as config.data.data_dir; what is done is kept"
+    ) from error
+  return path
+
+
+@contextlib.contextmanager
+def _lock(folder):
+  """Waits until no other process prepares in a folder."""
+  with open(folder / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"Waiting: another process prepares in {folder}", flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield  # closing, or the death of the process, gives it back
+
+
+def _prepare(data, path):
+  builder = sources.open_source(data)
+  num_images = builder.info.splits[data.split].num_examples
+  num_shards = min(_MAX_SHARDS, -(-num_images // _MIN_SHARD_IMAGES))
+  card = {
+    "dataset": builder.info.full_name,
+    "source": str(data.path or builder.data_path),
+    "licence": _licence(builder),
+    "split": data.split,
+    "image_size": data.image_size,
+    "crop": list(data.crop) or "largest centred square",
+    "filter": f"{decode.FILTER.name.lower()}, antialiased",
+  }
+  partial = path.with_name(path.name + ".partial")
+  plan = {**card, "num_images": num_images, "num_shards": num_shards}
+  _resume_or_start(partial, plan)
+  try:
+    records = shards.ShardMaker(builder, data, partial, num_shards).run()
+  except shards.TooManyCorruptError:
+    shutil.rmtree(partial)  # the source must change before it is tried again
+    raise
+  card["num_images"] = sum(record["num_images"] for record in records)
+  card["skipped"] = [x for record in records for x in record.pop("skipped")]
+  labels = [x for record in records for x in record.pop("labels")]
+  if labels:
+    card["classes"] = builder.info.features["label"].names
+    np.save(partial / "labels.npy", np.array(labels, np.int32))
+  card["shards"] = records
+  _write_contact_sheet(partial, card)
+  (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+  for file in [partial / "plan.json", *partial.glob("images-*.json")]:
+    file.unlink()
+  partial.rename(path)  # a folder of this name is whole
+  print(f"Prepared {card['num_images']:,} images in {path}", flush=True)
+
+
+def _licence(builder):
+  stated = builder.info.redistribution_info.license
+  return stated or f"not stated by TFDS, see {builder.info.homepage}"
+
+
+def _resume_or_start(partial, plan):
+  """Keeps what an earlier run made by the same plan, and nothing else."""
+  plan_path = partial / "plan.json"
+  try:
+    same = json.loads(plan_path.read_text()) == plan
+  except (OSError, ValueError):
+    same = False
+  if not same:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    plan_path.write_text(json.dumps(plan))
+  for leftover in partial.glob("*.tmp"):
+    leftover.unlink()
+
+
+def _write_contact_sheet(folder, card):
+  """Draws 64 images, evenly spread over the shards."""
+  indices = np.linspace(0, card["num_images"] - 1, 64).astype(int)
+  ends = np.cumsum([shard["num_images"] for shard in card["shards"]])
+  images = []
+  for index in np.unique(indices):
+    k = int(np.searchsorted(ends, index, side="right"))
+    shard = np.load(folder / card["shards"][k]["file"], mmap_mode="r")
+    images.append(shard[index - ends[k]])  # counted from its end
+  grid = pictures.image_grid(np.stack(images))
+  pictures.write_png(folder / "contact_sheet.png", grid, min_side=512)
+
+
+def verify(path):
+  """Reads all shards of a prepared folder and compares their checksums.
+
+  Raises:
+    ConfigError: says which file is not what was written.
+  """
+  for shard in tqdm(read_card(path)["shards"], "Verifying", unit=" shards"):
+    file = path / shard["file"]
+    if not file.exists() or shards.sha256(file) != shard["sha256"]:
+      raise damaged(path, shard["file"])
+
+
+def main(arguments):
+  """Prepares or verifies, and says what is there."""
+  cli.no_arguments(arguments)
+  config = flags.FLAGS.config
+  if config is None:
+    raise ConfigError("--config=configs/<name>.py is required; see --help")
+  if flags.FLAGS.data_dir is not None:
+    config.data.data_dir = flags.FLAGS.data_dir
+  config_lib.validate(config)
+  path = prepared_path(config.data)
+  if path.exists():
+    verify(path)
+  else:
+    prepare(config.data)
+  card = read_card(path)
+  for key in ("dataset", "source", "split", "crop", "filter", "licence"):
+    print(f"{key:<10}{card[key]}")
+  print(f"{'images':<10}{card['num_images']:,}, {len(card['skipped'])} skipped")
+  print(f"{'look at':<10}{pathlib.Path(path / 'contact_sheet.png')}")
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "Config file, e.g. configs/celeba64.py."
+  )
+  flags.DEFINE_string(
+    "data_dir", None, "Where datasets live; default config.data.data_dir."
+  )
+  cli.run(main)

@@ -1,0 +1,28 @@
+"""Pictures of many images: grids, and PNG files."""
+
+import numpy as np
+from PIL import Image
+
+
+def image_grid(images):
+  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows.
+
+  A black gap of a sixteenth of an image keeps neighbours apart.
+  """
+  num_images, size, _, channels = images.shape
+  columns = int(np.ceil(np.sqrt(num_images)))
+  rows = -(-num_images // columns)
+  gap = size // 16
+  pitch = size + gap
+  grid = np.zeros((rows * columns, pitch, pitch, channels), images.dtype)
+  grid[:num_images, :size, :size] = images
+  grid = grid.reshape(rows, columns, pitch, pitch, channels).swapaxes(1, 2)
+  grid = grid.reshape(rows * pitch, columns * pitch, channels)
+  return grid[: rows * pitch - gap, : columns * pitch - gap]
+
+
+def write_png(path, image, min_side=0):
+  """Writes a uint8 image [H, W, 3]; enlarges it by whole pixels to min_side."""
+  factor = max(1, -(-min_side // min(image.shape[:2])))
+  image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+  Image.fromarray(image).save(path)
