@@ -1,94 +1,49 @@
-"""Measures speed: `python -m vitgan_jax.benchmark train --config=...`.
+"""Measures speed: `python -m vitgan_jax.benchmark {train,data}`.
 
   python -m vitgan_jax.benchmark train --config=configs/digits.py
   python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
+  python -m vitgan_jax.benchmark data
 
-Trains on random images: no dataset is read, and nothing is written.
+`train` times the training step of a config on random images. `data` times the
+reading of prepared images, beside tf.data. Nothing is left on the disk.
 """
 
+import importlib
 import json
-import time
 
 from absl import flags
-import jax
 from ml_collections import config_flags
-import numpy as np
 
-from vitgan_jax import cli, partitioning
-from vitgan_jax import config as config_lib
-from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.train_state import create_train_state
+from vitgan_jax import cli
+from vitgan_jax.config import ConfigError
 
-
-def benchmark_train(config, seconds):
-  """Times `train_steps` of a config; returns a dict of figures.
-
-  Args:
-    config: of `configs/`.
-    seconds: to measure for; compilation and a first call come on top.
-  """
-  config_lib.validate(config)
-  mesh = partitioning.create_mesh()
-  replicated = partitioning.replicated(mesh)
-  state = jax.jit(
-    lambda: create_train_state(config), out_shardings=replicated
-  )()
-  size = config.data.image_size
-  shape = (config.steps_per_call, config.batch_size, size, size, 3)
-  images = partitioning.global_batch(
-    mesh, np.random.default_rng(0).integers(0, 256, shape, np.uint8), axis=1
-  )
-  start = time.perf_counter()
-  train_steps = make_train_steps(config, mesh).lower(state, images).compile()
-  compile_seconds = time.perf_counter() - start
-  state, metrics = train_steps(state, images)  # the first call is slower
-  jax.block_until_ready(metrics)
-  durations = []
-  while len(durations) < 3 or sum(durations) < seconds:
-    start = time.perf_counter()
-    state, metrics = train_steps(state, images)
-    jax.block_until_ready((state, metrics))
-    durations.append(time.perf_counter() - start)
-  step_seconds = float(np.median(durations)) / config.steps_per_call
-  return {
-    "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
-    "dtype": config.dtype,
-    "image_size": size,
-    "batch_size": config.batch_size,
-    "steps_per_call": config.steps_per_call,
-    "calls": len(durations),
-    "compile_seconds": round(compile_seconds, 2),
-    "step_ms": round(1000 * step_seconds, 3),
-    "images_per_sec": round(config.batch_size / step_seconds, 1),
-  }
-
-
-_BENCHMARKS = {"train": benchmark_train}
+_NEEDS_CONFIG = {"train": True, "data": False}
 
 
 def main(arguments):
   """Prints the figures of one benchmark."""
-  if (
-    len(arguments) != 1
-    or arguments[0] not in _BENCHMARKS
-    or (flags.FLAGS.config is None)
+  name = arguments[0] if len(arguments) == 1 else None
+  if name not in _NEEDS_CONFIG or (
+    _NEEDS_CONFIG[name] and flags.FLAGS.config is None
   ):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       "usage: python -m vitgan_jax.benchmark "
-      f"{{{','.join(_BENCHMARKS)}}} --config=configs/<name>.py [--json]"
+      f"{{{','.join(_NEEDS_CONFIG)}}} [--config=configs/<name>.py] [--json]; "
+      "train needs a config"
     )
-  figures = _BENCHMARKS[arguments[0]](flags.FLAGS.config, flags.FLAGS.seconds)
+  module = importlib.import_module(f"vitgan_jax.benchmarks.{name}")
+  results = module.run(flags.FLAGS.config, flags.FLAGS.seconds)
   if flags.FLAGS.json:
-    print(json.dumps(figures))
-  else:
-    for name, value in figures.items():
-      print(f"{name:<18}{value}")
+    print(json.dumps(results))
+    return
+  for figures in results:
+    for key, value in figures.items():
+      print(f"{key:<28}{value}")
+    print()
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Config file.")
   flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
-  flags.DEFINE_float(
-    "seconds", 20.0, "Measure at least this long, and at least three calls."
-  )
+  flags.DEFINE_float("seconds", 20.0, "Measure at least this long.")
   cli.run(main)

@@ -1,0 +1,1 @@
+"""What `python -m vitgan_jax.benchmark` measures, one module each."""
