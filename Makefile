@@ -27,6 +27,9 @@ help:
 
 .venv/installed-test: .venv/installed
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
+	@# Without what they ask for: torchvision, which their metrics do not need.
+	$(PIP) install --constraint constraints.txt --no-deps torch-fidelity \
+	  efficientnet-lite-pytorch prdc
 	@touch $@
 
 install: .venv/installed
@@ -52,8 +55,8 @@ format: .venv/installed-test
 	$(BIN)/ruff format .
 
 constraints: .venv/installed-test
-	( head -n 1 constraints.txt; $(PIP) freeze --exclude-editable ) \
-	  > constraints.new
+	( head -n 1 constraints.txt; $(PIP) freeze --exclude-editable \
+	  | sed 's/+cpu$$//' ) > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

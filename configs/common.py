@@ -88,6 +88,12 @@ def get_config():
   config.ema.half_life_kimg = 500.0
   config.ema.ramp_up = 0.05  # half-life at most this share of the images seen
 
+  config.evaluation = ml_collections.ConfigDict()
+  # "inception" (FID and others) or "efficientnet" (no FID, but no download)
+  config.evaluation.features = "inception"
+  config.evaluation.num_samples = 10_000
+  config.evaluation.every_kimg = 0.0  # scores in the training run; 0 is never
+
   config.log_every_kimg = 50.0
   config.sample_every_kimg = 500.0
   config.num_sample_images = 64  # on the grids of the training run

@@ -66,6 +66,9 @@ def get_config(arg=""):
   config.augment.scaling = 0.0
   config.augment.cutout = 0.25
 
+  config.evaluation.features = "efficientnet"
+  config.evaluation.num_samples = 2_000
+
   config.log_every_kimg = 5.0
   config.sample_every_kimg = 25.0
   config.checkpoint_every_kimg = 50.0

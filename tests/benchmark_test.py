@@ -45,6 +45,7 @@ def test_bad_config_is_refused():
 
 def test_reading_is_measured_at_three_sizes(monkeypatch):
   monkeypatch.setattr(data, "_NUM_IMAGES", 256)
+  monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 256)
   results = data.run(config=None, seconds=0.05)
   assert [figures["image_size"] for figures in results] == [32, 64, 128]
   for figures in results:

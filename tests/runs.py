@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -75,3 +76,12 @@ def snapshot(folder):
     str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
     for path in sorted(pathlib.Path(folder).rglob("*"))
   }
+
+
+@contextlib.contextmanager
+def free_port():
+  """Yields a port that no server has, while nobody else can take it."""
+  with socket.socket() as server:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    server.bind(("localhost", 0))
+    yield server.getsockname()[1]

@@ -22,6 +22,18 @@ def create_manager(workdir, keep=None):
   )
 
 
+def open_manager(workdir):
+  """Returns the manager of a workdir that has checkpoints, to read them.
+
+  Raises:
+    ConfigError: if there are none.
+  """
+  directory = _directory(workdir)
+  if not directory.is_dir():  # the manager would make it
+    raise ConfigError(_missing(directory))
+  return create_manager(workdir)
+
+
 def _directory(workdir):
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
@@ -93,10 +105,7 @@ def restore_latest(workdir, config, sharding):
   Raises:
     ConfigError: if there is no checkpoint.
   """
-  directory = _directory(workdir)
-  if not directory.is_dir():  # the manager would make it
-    raise ConfigError(_missing(directory))
-  with create_manager(workdir) as manager:
+  with open_manager(workdir) as manager:
     return restore(manager, config, sharding)
 
 

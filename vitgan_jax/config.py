@@ -15,6 +15,9 @@ _MAY_CHANGE = (
   "keep_checkpoints",
   "data.data_dir",
   "data.path",
+  "evaluation.features",
+  "evaluation.num_samples",
+  "evaluation.every_kimg",
 )
 
 _CHOICES = {
@@ -24,6 +27,7 @@ _CHOICES = {
   "generator.patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
   "discriminator.attention": ("l2", "dot"),
   "discriminator.spectral_norm": ("isn", "sn", "none"),
+  "evaluation.features": ("inception", "efficientnet"),
 }
 
 _POSITIVE = (
@@ -44,6 +48,7 @@ _POSITIVE = (
   "optimizer.d_learning_rate",
   "loss.gradient_penalty_every",
   "ema.half_life_kimg",
+  "evaluation.num_samples",
   "log_every_kimg",
   "sample_every_kimg",
   "num_sample_images",
@@ -63,6 +68,7 @@ _NOT_NEGATIVE = (
   "augment.saturation",
   "augment.contrast",
   "ema.ramp_up",
+  "evaluation.every_kimg",
 )
 
 _SHARES = (

@@ -1,4 +1,4 @@
-"""Trains ViTGAN, and draws samples from what was trained.
+r"""Trains ViTGAN, and draws samples from what was trained.
 
 Train, or go on where an earlier run of the same command stopped:
   python -m vitgan_jax.main --config=configs/digits.py
@@ -7,6 +7,11 @@ Train, or go on where an earlier run of the same command stopped:
 Change any field of the config, or shrink it to seconds:
   python -m vitgan_jax.main --config=configs/cifar10.py --config.batch_size=64
   python -m vitgan_jax.main --config=configs/cifar10.py:smoke
+
+Score the last checkpoint; or each new one, beside a training run:
+  python -m vitgan_jax.main --mode=evaluate --workdir=runs/digits
+  python -m vitgan_jax.main --mode=evaluate --workdir=runs/faces \
+    --checkpoint=watch --num_samples=50000
 
 Write samples of the last checkpoint as PNGs:
   python -m vitgan_jax.main --mode=sample --workdir=runs/digits --num_samples=64
@@ -27,12 +32,36 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config name>."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "evaluate", "sample"], "What to do."
+)
 _NUM_SAMPLES = flags.DEFINE_integer(
-  "num_samples", 64, "Images to write, with --mode=sample."
+  "num_samples",
+  None,
+  "Images to generate; default 64 with --mode=sample, and the config's "
+  "evaluation.num_samples with --mode=evaluate.",
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the latents, with --mode=sample; training has config.seed."
+  "seed", 0, "Of the latents, not with --mode=train, which has config.seed."
+)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  "last",
+  "What to score, with --mode=evaluate: last, all, watch (all, and each new "
+  "one until the run is at its end), or a step.",
+)
+_FEATURES = flags.DEFINE_enum(
+  "features",
+  None,
+  ["inception", "efficientnet"],
+  "Network of the metrics, with --mode=evaluate; default the config's. FID is "
+  "by inception; efficientnet needs no download.",
+)
+_INCEPTION_WEIGHTS = flags.DEFINE_string(
+  "inception_weights",
+  "",
+  "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
+  "which it is downloaded.",
 )
 _OUTPUT = flags.DEFINE_string(
   "output", None, "New folder for them; default <workdir>/samples_seed<seed>."
@@ -42,10 +71,7 @@ _OUTPUT = flags.DEFINE_string(
 def main(arguments):
   """Dispatches to the mode's function."""
   cli.no_arguments(arguments)
-  if _MODE.value == "train":
-    _train()
-  else:
-    _sample()
+  {"train": _train, "evaluate": _evaluate, "sample": _sample}[_MODE.value]()
 
 
 def _train():
@@ -57,21 +83,37 @@ def _train():
   train.train_and_evaluate(_CONFIG.value, _workdir())
 
 
+def _evaluate():
+  workdir = _workdir()
+  from vitgan_jax.metrics import evaluate
+
+  evaluate.evaluate(
+    workdir,
+    _CHECKPOINT.value,
+    _FEATURES.value,
+    _INCEPTION_WEIGHTS.value,
+    _NUM_SAMPLES.value,
+    _SEED.value,
+  )
+
+
 def _sample():
-  if _WORKDIR.value is None and _CONFIG.value is None:
-    raise ConfigError(
-      "--mode=sample needs --workdir=<folder of a run>; see --help"
-    )
+  workdir = _workdir()
   from vitgan_jax import sample
 
-  output = _OUTPUT.value or f"{_workdir()}/samples_seed{_SEED.value}"
-  sample.sample(_workdir(), _NUM_SAMPLES.value, _SEED.value, output)
+  count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
+  output = _OUTPUT.value or f"{workdir}/samples_seed{_SEED.value}"
+  sample.sample(workdir, count, _SEED.value, output)
 
 
 def _workdir():
   """Returns --workdir, or runs/digits-smoke for configs/digits.py:smoke."""
   if _WORKDIR.value is not None:
     return _WORKDIR.value
+  if _CONFIG.value is None:
+    raise ConfigError(
+      f"--mode={_MODE.value} needs --workdir=<folder of a run>; see --help"
+    )
   path, *argument = config_flags.get_config_filename(
     flags.FLAGS["config"]
   ).split(":")

@@ -4,13 +4,17 @@ import numpy as np
 from PIL import Image
 
 
-def image_grid(images):
-  """Lays images [N, S, S, 3] out in rows, as nearly square as N allows.
+def image_grid(images, columns=None):
+  """Lays images [N, S, S, 3] out in rows.
 
   A black gap of a sixteenth of an image keeps neighbours apart.
+
+  Args:
+    images: the first of them fill the first row.
+    columns: how many are in a row; None is as nearly square as N allows.
   """
   num_images, size, _, channels = images.shape
-  columns = int(np.ceil(np.sqrt(num_images)))
+  columns = columns or int(np.ceil(np.sqrt(num_images)))
   rows = -(-num_images // columns)
   gap = size // 16
   pitch = size + gap

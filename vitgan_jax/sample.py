@@ -41,6 +41,30 @@ def make_sampler(config, mesh):
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
 
 
+def make_interpolator(config, mesh, rows=8, columns=8):
+  """Returns `interpolate(g_params, seed)`, images between pairs of latents.
+
+  The images are uint8 [rows, columns, S, S, 3]: each row goes along the great
+  circle from one latent to another.
+  """
+  generator, _ = build_models(config)
+
+  def interpolate(g_params, seed):
+    shape = (2, rows, 1, config.generator.latent_dim)
+    begin, end = jax.random.normal(jax.random.key(seed), shape)
+    norms = jnp.linalg.norm(begin, axis=-1) * jnp.linalg.norm(end, axis=-1)
+    angle = jnp.arccos(jnp.sum(begin * end, -1) / norms)[..., None]
+    share = jnp.linspace(0.0, 1.0, columns)[:, None]
+    latents = (
+      jnp.sin((1 - share) * angle) * begin + jnp.sin(share * angle) * end
+    )
+    latents = (latents / jnp.sin(angle)).reshape(rows * columns, -1)
+    images = to_uint8(generator.apply({"params": g_params}, latents))
+    return images.reshape(rows, columns, *images.shape[1:])
+
+  return jax.jit(interpolate, out_shardings=partitioning.replicated(mesh))
+
+
 def sample_images(sampler, g_params, seed, num_samples):
   """Yields the samples 0 to num_samples - 1 of a seed, in batches.
 
@@ -66,6 +90,12 @@ def to_uint8(images):
   return jnp.rint((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
+def check_seed(seed):
+  """Raises a ConfigError if a --seed is out of range."""
+  if not 0 <= seed < 2**31:
+    raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
+
+
 def sample(workdir, num_samples, seed, output):
   """Writes `grid.png` and `000000.png`, ... from a workdir's last checkpoint.
 
@@ -84,8 +114,7 @@ def sample(workdir, num_samples, seed, output):
     raise config_lib.ConfigError(
       f"--num_samples={num_samples} must be at least 1"
     )
-  if not 0 <= seed < 2**31:
-    raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
+  check_seed(seed)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise config_lib.ConfigError(
       f"--output={output} is there and not empty; choose a new folder"

@@ -11,6 +11,7 @@ from vitgan_jax import checkpoint, partitioning
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
+from vitgan_jax.metrics import evaluate, features
 from vitgan_jax.monitor import MetricWriter, Progress, SampleWriter
 from vitgan_jax.train_state import create_train_state
 
@@ -80,6 +81,7 @@ def train_and_evaluate(config, workdir):
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
     samples = SampleWriter(config, workdir, mesh, images, writer)
+    evaluator = _make_evaluator(config, mesh)
     train_steps = make_train_steps(config, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
@@ -105,6 +107,11 @@ def train_and_evaluate(config, workdir):
       if last or _passes(config, step, config.checkpoint_every_kimg):
         _check_finite(step, metrics)  # a checkpoint must be worth resuming
         checkpoint.save(manager, state, batches.state(step))
+      if evaluator and _passes(config, step, config.evaluation.every_kimg):
+        _check_finite(step, metrics)
+        _evaluate(
+          evaluator, config, workdir, state, batches.state(step), writer
+        )
       if stopping:
         break
     if pending:
@@ -115,6 +122,27 @@ def train_and_evaluate(config, workdir):
     else:
       print(f"Done. The last samples are in {samples.latest}")
   return state
+
+
+def _make_evaluator(config, mesh):
+  if not config.evaluation.every_kimg:
+    return None
+  return evaluate.Evaluator(
+    config,
+    mesh,
+    features.load_network(config.evaluation.features),
+    config.evaluation.num_samples,
+    seed=0,
+  )
+
+
+def _evaluate(evaluator, config, workdir, state, data_state, writer):
+  fake, _ = evaluator.features_of(state.g_ema_params)
+  record = evaluator.score(config, state, fake)
+  is_best = evaluate.keep(workdir, record, config, state, data_state)
+  if jax.process_index() == 0:
+    evaluate.report(record, is_best)
+    writer.write(record["step"], record["scores"])
 
 
 def _passes(config, step, every_kimg):

@@ -22,6 +22,7 @@ from vitgan_jax.data import pipeline
 
 _NUM_IMAGES = 8192
 _BATCH_SIZE = 128
+_SHUFFLE_BUFFER = 10_000  # images, of tf.data
 
 _FIRST_BATCH = """
 import sys, pathlib
@@ -35,7 +36,7 @@ import sys, pathlib, resource
 from vitgan_jax.data import pipeline
 images = pipeline.PreparedImages(pathlib.Path(sys.argv[1]))
 stream = pipeline.ShuffledBatches(images, 128, 0)
-for step in range(1000):
+for step in range(200):
   stream[step]
 # Of this process's own memory: ru_maxrss would count its parent's, too.
 print([l.split()[1] for l in open("/proc/self/status") if "VmHWM" in l][0])
@@ -147,7 +148,7 @@ def _tf_data(builder):
   dataset = dataset.map(
     lambda example: example["image"], num_parallel_calls=tf.data.AUTOTUNE
   )
-  dataset = dataset.repeat().shuffle(10_000).batch(_BATCH_SIZE)
+  dataset = dataset.repeat().shuffle(_SHUFFLE_BUFFER).batch(_BATCH_SIZE)
   return tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
 
 
@@ -161,7 +162,7 @@ def _first_batch(path):
 def _memory(folder):
   """Returns the peak of a process that reads from 3 million images, in MB.
 
-  They are sparse files, zeros that take no room on the disk; 128,000 of them
+  They are sparse files, zeros that take no room on the disk; 25,600 of them
   are read. To a process, they are as any others.
   """
   num_shards, count, size = 256, 11_719, 64

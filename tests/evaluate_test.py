@@ -1,0 +1,278 @@
+import contextlib
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import scipy.linalg
+
+from configs import digits
+from tests import monitor_test, networks, runs, tiny
+from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import config as config_lib
+from vitgan_jax.data import pipeline
+from vitgan_jax.metrics import evaluate, features, score
+
+NUM_SAMPLES = 1000
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  monkeypatch.setattr(
+    features, "load_network", lambda name, weights="": networks.tiny()
+  )
+
+
+def evaluate_quietly(workdir, *args, num_samples=NUM_SAMPLES, **kwargs):
+  """Evaluates a workdir; returns what it printed."""
+  output = io.StringIO()
+  with contextlib.redirect_stdout(output):
+    evaluate.evaluate(workdir, *args, num_samples=num_samples, **kwargs)
+  return output.getvalue()
+
+
+@pytest.fixture
+def workdir(digits_run, tmp_path):
+  return shutil.copytree(digits_run.workdir, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def evaluated(digits_run, tmp_path_factory):
+  """A workdir of which all checkpoints are scored, and what was printed."""
+  path = tmp_path_factory.mktemp("evaluated") / "run"
+  shutil.copytree(digits_run.workdir, path)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      features, "load_network", lambda name, weights="": networks.tiny()
+    )
+    return path, evaluate_quietly(path, "all")
+
+
+def test_score_is_that_of_the_images_that_sampling_writes(evaluated, tmp_path):
+  workdir, _ = evaluated
+  sample.sample(workdir, NUM_SAMPLES, 0, tmp_path / "samples")
+  fake = networks.features_of(score.load_images(tmp_path / "samples"))
+  real = networks.features_of(
+    pipeline.load_images(config_lib.load(workdir).data)[:]
+  )
+  a, b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+  root = scipy.linalg.sqrtm(a @ b).real
+  expected = np.sum((real.mean(0) - fake.mean(0)) ** 2) + np.trace(
+    a + b - 2 * root
+  )
+  record = evaluate.read_records(workdir)[-1]
+  assert record["step"] == 8
+  np.testing.assert_allclose(
+    record["scores"]["fd_tiny1k"],
+    expected,
+    rtol=1e-4,  # features are float32
+  )
+
+
+def test_record_has_the_whole_protocol(evaluated):
+  workdir, _ = evaluated
+  record = evaluate.read_records(workdir)[0]
+  images = pipeline.load_images(config_lib.load(workdir).data)
+  assert record["step"] == 4 and record["kimg"] == 0.032
+  assert record["protocol"] == {
+    "network": "tiny-1",
+    "network_sha256": "0" * 64,
+    "num_fake": NUM_SAMPLES,
+    "num_real": 1497,
+    "generator": "moving average",
+    "seed": 0,
+    "images_sha256": images.fingerprint,
+    "dataset": "sklearn_digits/1.0.0",
+    "split": "train",
+    "image_size": 16,
+    "filter": "lanczos, antialiased",
+    "crop": "largest centred square",
+  }
+  assert list(record["class_share"]) == [str(i) for i in range(10)]
+  np.testing.assert_allclose(sum(record["class_share"].values()), 1, atol=1e-4)
+  for line in (workdir / "scores.jsonl").read_text().splitlines():
+    json.loads(line)
+
+
+def test_scores_are_printed_written_and_drawn(evaluated):
+  workdir, output = evaluated
+  records = evaluate.read_records(workdir)
+  assert [record["step"] for record in records] == [4, 8]
+  assert "Scores of step 4, 0.032 kimg, the best so far:" in output
+  assert "1,000 samples against the 1,497 images of sklearn_digits" in output
+  scalars, _ = monitor_test.read_events(workdir / "evaluation")
+  for record in records:
+    np.testing.assert_allclose(
+      scalars["fd_tiny1k"][record["step"]],
+      record["scores"]["fd_tiny1k"],
+      rtol=1e-6,
+    )
+  for step in (4, 8):
+    with Image.open(workdir / f"evaluation/{step:08d}-neighbours.png") as grid:
+      assert grid.size == (8 * 17 * 4 - 4, 12 * 17 * 4 - 4)
+    name = f"evaluation/{step:08d}-interpolation.png"
+    with Image.open(workdir / name) as grid:
+      assert grid.size == (8 * 17 * 4 - 4, 8 * 17 * 4 - 4)
+
+
+def test_best_is_a_workdir_of_the_lowest_score(evaluated, tmp_path):
+  workdir, _ = evaluated
+  records = evaluate.read_records(workdir)
+  best = min(records, key=lambda record: record["scores"]["fd_tiny1k"])
+  config = config_lib.load(workdir / "best")
+  assert config == config_lib.load(workdir)
+  sharding = partitioning.replicated(partitioning.create_mesh())
+  state = checkpoint.restore_latest(workdir / "best", config, sharding)
+  assert int(state.step) == best["step"]
+  with checkpoint.open_manager(workdir) as manager:
+    expected = checkpoint.restore(manager, config, sharding, best["step"])
+  tiny.assert_bit_equal(state, expected)
+  sample.sample(workdir / "best", 1, 0, tmp_path / "samples")
+
+
+def record_of(step, value, seed=0):
+  return {
+    "step": step,
+    "scores": {"fid1k": value, "other": -value},
+    "protocol": {"seed": seed},
+  }
+
+
+def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
+  def keep(record):
+    state = digits_run.state.replace(step=np.int32(record["step"]))
+    is_best = evaluate.keep(
+      tmp_path, record, digits_run.config, state, {"next_image": 0}
+    )
+    with checkpoint.open_manager(tmp_path / "best") as manager:
+      return is_best, manager.all_steps()
+
+  assert keep(record_of(5, 3.0)) == (True, [5])
+  assert keep(record_of(6, 3.0)) == (False, [5])
+  assert keep(record_of(7, 2.0)) == (True, [7])
+  assert keep(record_of(2, 1.0)) == (True, [2])  # an earlier step
+  assert keep(record_of(9, 1.5)) == (False, [2])
+  assert keep(record_of(9, 9.0, seed=1)) == (True, [9])
+  assert len(evaluate.read_records(tmp_path)) == 6
+
+
+def test_what_was_scored_is_not_scored_again(evaluated, tmp_path, monkeypatch):
+  workdir = shutil.copytree(evaluated[0], tmp_path / "run")
+  before = runs.snapshot(workdir)
+  monkeypatch.setattr(evaluate.Evaluator, "features_of", None)
+  output = evaluate_quietly(workdir, "all")
+  assert "fd_tiny1k" in output
+  assert runs.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_any_number_of_devices_gives_the_same_scores(
+  evaluated, workdir, num_devices, monkeypatch
+):
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  monkeypatch.setattr(partitioning, "create_mesh", lambda: mesh)
+  evaluate_quietly(workdir, "8")
+  expected = evaluate.read_records(evaluated[0])[1]["scores"]
+  (record,) = evaluate.read_records(workdir)
+  for name, value in record["scores"].items():
+    # The samples differ by round-off, which turns a pixel here and there.
+    np.testing.assert_allclose(
+      value, expected[name], rtol=2e-3, atol=2e-3, err_msg=name
+    )
+
+
+def test_other_seed_and_count_are_other_protocols(workdir):
+  evaluate_quietly(workdir, seed=0)
+  evaluate_quietly(workdir, seed=1)
+  evaluate_quietly(workdir, seed=1, num_samples=1001)
+  records = evaluate.read_records(workdir)
+  assert [next(iter(record["scores"])) for record in records] == [
+    "fd_tiny1k",
+    "fd_tiny1k",
+    "fd_tiny1001",
+  ]
+  assert records[0]["scores"] != records[1]["scores"]
+
+
+def test_watching_scores_what_appears_until_the_end_of_the_run(
+  digits_run, workdir, monkeypatch
+):
+  shutil.move(workdir / "checkpoints" / "8", workdir / "8")  # to come
+  waits = []
+
+  def sleep(seconds):
+    waits.append(seconds)
+    if len(waits) == 2:
+      shutil.move(workdir / "8", workdir / "checkpoints" / "8")
+    assert len(waits) < 9
+
+  monkeypatch.setattr(evaluate.time, "sleep", sleep)
+  evaluate_quietly(workdir, "watch")
+  assert len(waits) == 2
+  assert [r["step"] for r in evaluate.read_records(workdir)] == [4, 8]
+
+
+def test_watching_passes_over_what_the_run_deleted(workdir, monkeypatch):
+  restore = checkpoint.restore
+
+  def deleting(manager, config, sharding, step):
+    if step == 4:
+      shutil.rmtree(workdir / "checkpoints" / "4")
+    return restore(manager, config, sharding, step)
+
+  monkeypatch.setattr(checkpoint, "restore", deleting)
+  output = evaluate_quietly(workdir, "watch")
+  assert "Step 4 was deleted" in output
+  assert [r["step"] for r in evaluate.read_records(workdir)] == [8]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"which": "first"}, "last, all, watch or a step"),
+    ({"which": "5"}, "no checkpoint of step 5"),
+    ({"num_samples": 0}, "--num_samples=0"),
+    ({"num_samples": 5}, "too few"),
+    ({"seed": -1}, "--seed=-1"),
+  ],
+)
+def test_bad_arguments_are_errors_that_write_no_score(
+  workdir, arguments, message
+):
+  with pytest.raises(config_lib.ConfigError, match=message) as error:
+    evaluate_quietly(workdir, **arguments)
+  assert "\n" not in str(error.value)
+  assert not (workdir / "scores.jsonl").exists()
+  assert not (workdir / "best").exists()
+
+
+def test_workdir_without_checkpoints_is_an_error(workdir):
+  shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(config_lib.ConfigError, match="no checkpoint"):
+    evaluate_quietly(workdir)
+
+
+def test_training_scores_itself(tmp_path, evaluated):
+  config = digits.get_config("smoke")
+  config.evaluation.every_kimg = 0.032
+  config.evaluation.num_samples = NUM_SAMPLES
+  run = runs.train_quietly(config, tmp_path / "run")
+  records = evaluate.read_records(run.workdir)
+  assert [record["step"] for record in records] == [4, 8]
+  # As `--mode=evaluate` did, but for what takes long.
+  for record, other in zip(records, evaluate.read_records(evaluated[0])):
+    assert record["protocol"] == other["protocol"]
+    for name, value in record["scores"].items():
+      np.testing.assert_allclose(
+        value, other["scores"][name], rtol=2e-3, atol=2e-3, err_msg=name
+      )
+  assert "Scores of step 8" in run.output
+  logged = [
+    json.loads(line)
+    for line in (run.workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [x["step"] for x in logged if "fd_tiny1k" in x] == [4, 8]
+  assert (run.workdir / "best" / "config.json").exists()

@@ -1,0 +1,121 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import datasets, networks, runs
+from tests.datasets import data_config, encode, noise
+from vitgan_jax import partitioning
+from vitgan_jax.data import pipeline
+from vitgan_jax.metrics import features, reference
+
+
+@pytest.fixture
+def images(tmp_path):
+  files = {f"{i:02d}.png": encode(noise(8, 8, 3, seed=i)) for i in range(50)}
+  datasets.write_folder(tmp_path / "images", files)
+  data = data_config(tmp_path, "folder", path=str(tmp_path / "images"))
+  return pipeline.load_images(data)
+
+
+def extractor(**fields):
+  return features.Extractor(networks.tiny(**fields), partitioning.create_mesh())
+
+
+@pytest.mark.parametrize("count", [50, 20])
+def test_moments_are_of_all_images_and_features_of_some(images, count):
+  result = reference.compute(extractor(), images, count)
+  expected = networks.features_of(images[:])
+  assert result.statistics.num == 50
+  np.testing.assert_allclose(
+    result.statistics.mean, expected.mean(0), atol=1e-6
+  )
+  np.testing.assert_allclose(
+    result.statistics.cov, np.cov(expected, rowvar=False), atol=1e-6
+  )
+  assert len(set(result.indices.tolist())) == len(result.features) == count
+  np.testing.assert_allclose(
+    result.features, expected[result.indices], atol=1e-5
+  )
+
+
+def test_reference_is_computed_once_for_each_network_and_count(
+  images, monkeypatch
+):
+  computed = []
+  compute = reference.compute
+  monkeypatch.setattr(
+    reference,
+    "compute",
+    lambda *args: computed.append(args[2]) or compute(*args),
+  )
+  first = reference.load(extractor(), images, 20)
+  again = reference.load(extractor(), images, 20)
+  assert computed == [20]
+  np.testing.assert_array_equal(again.features, first.features)
+  np.testing.assert_array_equal(again.indices, first.indices)
+  assert again.statistics.num == 50
+  np.testing.assert_array_equal(again.statistics.cov, first.statistics.cov)
+  reference.load(extractor(), images, 99)  # there are 50
+  reference.load(extractor(), images, 50)
+  reference.load(extractor(name="other-1"), images, 20)
+  reference.load(extractor(sha256="1" * 64), images, 20)
+  assert computed == [20, 50, 20, 20]
+
+
+def test_reference_of_other_images_is_another(images, tmp_path):
+  reference.load(extractor(), images, 20)
+  (tmp_path / "images" / "07.png").unlink()
+  data = data_config(tmp_path, "folder", path=str(tmp_path / "images"))
+  other = reference.load(extractor(), pipeline.load_images(data), 20)
+  assert other.statistics.num == 49
+
+
+_PROGRAM = """
+import pathlib, sys
+import jax
+import numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+process, port, path, output = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+from tests import networks
+from vitgan_jax import partitioning
+from vitgan_jax.data import pipeline
+from vitgan_jax.metrics import features, reference
+features.BATCH_SIZE = 4
+images = pipeline.PreparedImages(pathlib.Path(path))
+extractor = features.Extractor(networks.tiny(), partitioning.create_mesh())
+for _ in range(2):  # computed, then read by the first process alone
+  result = reference.load(extractor, images, 30)
+assert (result is None) == (process == "1")
+if result:
+  np.savez(output, cov=result.statistics.cov, features=result.features)
+"""
+
+
+def test_two_processes_get_the_numbers_of_one(images, tmp_path):
+  expected = reference.compute(extractor(), images, 30)
+  environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
+  with runs.free_port() as port:
+    processes = [
+      subprocess.Popen(
+        [
+          *(sys.executable, "-c", _PROGRAM, str(process), str(port)),
+          *(images.path, tmp_path / "result.npz"),
+        ],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for process in range(2)
+    ]
+  for process in processes:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+  with np.load(tmp_path / "result.npz") as result:
+    np.testing.assert_allclose(
+      result["cov"], expected.statistics.cov, atol=1e-6
+    )
+    np.testing.assert_allclose(result["features"], expected.features, atol=1e-6)

@@ -1,0 +1,141 @@
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tests import datasets, networks
+from tests.datasets import data_config, encode, noise
+from vitgan_jax import config as config_lib
+from vitgan_jax.data import prepare
+from vitgan_jax.metrics import fid, score, statistics
+
+
+def smooth(num_images, seed):
+  """Returns images [N, 8, 8, 3] that differ in their colours."""
+  colours = noise(num_images, 2, 2, 3, seed=seed)
+  return colours.repeat(4, axis=1).repeat(4, axis=2)
+
+
+def files_of(images):
+  return {f"{i:05d}.png": encode(image) for i, image in enumerate(images)}
+
+
+def write(kind, path, images):
+  """Writes images in one of the forms that can be scored; returns the path."""
+  if kind == "npz":
+    np.savez(path / "images.npz", images)
+    return path / "images.npz"
+  if kind == "zip":
+    return datasets.write_zip(path / "images.zip", files_of(images))
+  folder = datasets.write_folder(path / "images", files_of(images))
+  if kind == "prepared":
+    return prepare.prepare(data_config(path, "folder", path=str(folder)))
+  return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "prepared"])
+def test_images_are_read_from_each_form(tmp_path, kind):
+  images = smooth(12, seed=0)
+  loaded = score.load_images(write(kind, tmp_path, images))
+  np.testing.assert_array_equal(loaded[:], images)
+
+
+def test_grid_of_the_samples_and_hidden_files_are_left_out(tmp_path):
+  images = smooth(3, seed=0)
+  files = files_of(images) | {"grid.png": encode(noise(30, 30, 3))}
+  folder = datasets.write_folder(tmp_path / "x", files | {".hidden": b""})
+  np.testing.assert_array_equal(score.load_images(folder), images)
+
+
+def savez(**arrays):
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize(
+  "name, files, message",
+  [
+    ("missing", {}, "no folder or zip at"),
+    ("x", {"readme.txt": b"text"} | files_of(smooth(2, 0)), "readme.txt"),
+    ("x", {"sub/.keep": b""}, "no images in"),
+    ("x", {"1.png": b"text"}, "1.png is no image"),
+    (
+      "x",
+      {"1.png": encode(noise(8, 8, 3)), "2.png": encode(noise(8, 6, 3))},
+      "1.png has 8 x 8 pixels, 2.png 6 x 8",
+    ),
+    ("x/1.npz", {"1.npz": b"text"}, "one array"),
+    ("x/1.npz", {"1.npz": savez(a=noise(2, 2), b=noise(2, 2))}, "one array"),
+    ("x/1.npz", {"1.npz": savez(a=np.zeros((2, 8, 8, 3)))}, "float64"),
+    ("x/1.npz", {"1.npz": savez(a=noise(2, 8, 8))}, "[N, H, W, 3]"),
+    ("x/none.npz", {}, "one array"),
+    ("x/1.txt", {"1.txt": b"text"}, "neither a folder nor"),
+  ],
+)
+def test_what_cannot_be_scored_is_one_clear_line(
+  tmp_path, name, files, message
+):
+  datasets.write_folder(tmp_path / "x", files)
+  with pytest.raises(config_lib.ConfigError) as error:
+    score.load_images(tmp_path / name)
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_scores_are_those_of_the_features():
+  real, fake = smooth(1200, seed=0), smooth(1100, seed=1) // 2
+  result = score.score(real, fake, networks.tiny())
+  expected = fid.frechet_distance(
+    *(
+      statistics.from_features(networks.features_of(images))
+      for images in (real, fake)
+    )
+  )
+  np.testing.assert_allclose(result["fd_tiny1100"], expected, rtol=1e-5)
+  assert 0 < result["precision_tiny1100"] < 1
+
+
+def test_same_images_are_at_no_distance():
+  images = smooth(1000, seed=0)
+  result = score.score(images, images, networks.tiny())
+  assert abs(result["fd_tiny1k"]) < 1e-6
+  assert result["precision_tiny1k"] == result["recall_tiny1k"] == 1
+  assert result["coverage_tiny1k"] == 1
+
+
+def run_main(monkeypatch, *arguments, **options):
+  """Runs the command in this process; returns what it printed."""
+  values = {"features": "inception", "inception_weights": "", "json": False}
+
+  class Flags:
+    FLAGS = type("", (), values | options)
+
+  monkeypatch.setattr(score, "flags", Flags)
+  monkeypatch.setattr(
+    score.features, "load_network", lambda name, weights: networks.tiny()
+  )
+  output = io.StringIO()
+  with contextlib.redirect_stdout(output):
+    score.main(list(arguments))
+  return output.getvalue()
+
+
+def test_command_prints_a_table_or_json(tmp_path, monkeypatch):
+  paths = [
+    str(write("npz", tmp_path, smooth(1000, seed=0))),
+    str(write("folder", tmp_path, smooth(1000, seed=1))),
+  ]
+  table = run_main(monkeypatch, *paths)
+  assert "fd_tiny1k" in table and paths[0] in table
+  record = json.loads(run_main(monkeypatch, *paths, json=True))
+  assert record["real"] == paths[0] and record["num_fake"] == 1000
+  assert record["network_sha256"] == "0" * 64
+  assert f"{record['fd_tiny1k']:.5g}" in table
+
+
+@pytest.mark.parametrize("arguments", [[], ["one"], ["a", "b", "c"]])
+def test_wrong_call_is_an_error_that_says_how(arguments):
+  with pytest.raises(config_lib.ConfigError, match=r"usage: .* REAL FAKE"):
+    score.main(arguments)

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from vitgan_jax import config as config_lib
+from vitgan_jax.metrics import fid, scores, statistics
+from vitgan_jax.metrics.reference import Reference
+from vitgan_jax.metrics.weights import Features
+
+
+def sets(num_real=1200, num_fake=1000):
+  rng = np.random.default_rng(0)
+  real = rng.normal(size=(num_real, 16)).astype(np.float32)
+  fake = (rng.normal(size=(num_fake, 16)) + 0.5).astype(np.float32)
+  logits = rng.normal(size=(num_fake, 20)).astype(np.float32)
+  moments = statistics.from_features(real)
+  return Reference(moments, real, None), Features(fake, logits)
+
+
+def test_names_of_inception_are_the_usual_ones_with_the_count():
+  result = scores.compute("inception", *sets(), long=True)
+  assert list(result) == [
+    "fid1k",
+    "fid1k_low",
+    "fid1k_high",
+    "fid_inf",
+    "is1k",
+    "is1k_std",
+    "kid1k",
+    "kid1k_std",
+    "precision1k",
+    "recall1k",
+    "density1k",
+    "coverage1k",
+  ]
+  assert result["fid1k_low"] < result["fid1k"] < result["fid1k_high"]
+  assert result["fid_inf"] < result["fid1k"]
+
+
+def test_names_of_another_network_never_say_fid():
+  result = scores.compute("efficientnet", *sets(num_fake=1001))
+  assert list(result) == [
+    "fd_efficientnet1001",
+    "kd_efficientnet1001",
+    "kd_efficientnet1001_std",
+    "precision_efficientnet1001",
+    "recall_efficientnet1001",
+    "density_efficientnet1001",
+    "coverage_efficientnet1001",
+  ]
+  real, fake = sets(num_fake=1001)
+  moments = statistics.from_features(fake.features)
+  assert result["fd_efficientnet1001"] == fid.frechet_distance(
+    real.statistics, moments
+  )
+  table = scores.table(result, "the note")
+  assert "fd_efficientnet1001" in table and "the note" in table
+  assert "--features=inception" in table and "no FID" in table
+  assert "no FID" not in scores.table({"fid1k": 3.0}, "")
+
+
+@pytest.mark.parametrize("num_fake", [10, 500])
+def test_too_few_images_are_an_error_of_one_line(num_fake):
+  with pytest.raises(config_lib.ConfigError, match="too few") as error:
+    scores.compute("inception", *sets(num_fake=num_fake))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "count, name", [(50_000, "50k"), (2_000, "2k"), (1497, "1497"), (999, "999")]
+)
+def test_count_is_named(count, name):
+  assert scores.count_name(count) == name

@@ -1,0 +1,319 @@
+"""Scores the checkpoints of a run, and keeps the best."""
+
+import json
+import pathlib
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+from tqdm import tqdm
+
+from vitgan_jax import checkpoint, partitioning, pictures, sample
+from vitgan_jax import config as config_lib
+from vitgan_jax.data import pipeline
+from vitgan_jax.metrics import features, neighbours, reference, scores
+
+_POLL_SECONDS = 10.0
+_NUM_ROWS = 12  # samples on the picture of their nearest real images
+_NUM_NEIGHBOURS = 7  # real images beside each
+
+
+class Evaluator:
+  """Scores generators of one config, by one protocol."""
+
+  def __init__(self, config, mesh, network, num_samples, seed):
+    """Loads or computes the features of the real images.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      network: FeatureNetwork.
+      num_samples: how many images to generate for a score.
+      seed: of their latents.
+
+    Raises:
+      ConfigError: if the dataset cannot be had.
+    """
+    self.images = pipeline.load_images(config.data)
+    self._num_samples = num_samples
+    self._seed = seed
+    self._extractor = features.Extractor(network, mesh)
+    self._sampler = sample.make_sampler(config, mesh)
+    # KID takes 1,000 of either, however few are generated.
+    num_kept = max(num_samples, 1000)
+    self.reference = reference.load(self._extractor, self.images, num_kept)
+    card = self.images.card
+    self.protocol = {
+      "network": network.name,
+      "network_sha256": network.sha256,
+      "num_fake": num_samples,
+      "num_real": len(self.images),
+      "generator": "moving average",
+      "seed": seed,
+      "images_sha256": self.images.fingerprint,
+      **{k: card[k] for k in ("dataset", "split", "image_size", "filter")},
+      "crop": str(card["crop"]),
+    }
+
+  def features_of(self, g_params):
+    """Returns `Features` of a generator's samples, and the first of them."""
+    batches, first = [], None
+    with tqdm(
+      total=self._num_samples,
+      desc="Features of samples",
+      unit=" images",
+      disable=jax.process_index() != 0,
+      leave=False,
+    ) as progress:
+      while progress.n < self._num_samples:
+        images = self._sampler(g_params, self._seed, progress.n)
+        if first is None:
+          first = np.asarray(images[:_NUM_ROWS])
+        batch = self._extractor(images)
+        left = self._num_samples - progress.n
+        batches.append(features.Features(*(x[:left] for x in batch)))
+        progress.update(len(batches[-1].features))
+    return features.concatenate(batches), first[: self._num_samples]
+
+  def score(self, config, state, fake, long=False):
+    """Returns the record of a score: all numbers, and how they came about.
+
+    Args:
+      config: of the run.
+      state: GANState.
+      fake: of `features_of`, of the state's averaged generator.
+      long: see `scores.compute`.
+
+    Returns:
+      A dict for JSON, in the first process; None in others.
+    """
+    if jax.process_index() != 0:
+      return None
+    name = self._extractor.network.name.split("-")[0]
+    step = int(state.step)
+    record = {
+      "step": step,
+      "kimg": step * config.batch_size / 1000,
+      "scores": scores.compute(name, self.reference, fake, long),
+      "protocol": self.protocol,
+    }
+    if "classes" in self.images.card:
+      classes = self.images.card["classes"]
+      shares = neighbours.class_shares(
+        fake.features,
+        self.reference.features,
+        self.images.labels()[self.reference.indices],
+        len(classes),
+      )
+      record["class_share"] = dict(zip(classes, shares.round(6).tolist()))
+    return record
+
+  def with_neighbours(self, fake_images, fake):
+    """Returns samples, each with its nearest real images, a row each.
+
+    What the network finds nearest shows whether samples copy the dataset. It
+    looks among those images of which it kept the features.
+
+    Args:
+      fake_images: uint8 [R, S, S, 3], of `features_of`.
+      fake: `Features` of these and others.
+
+    Returns:
+      uint8 [R, 1 + neighbours, S, S, 3].
+    """
+    real = self.reference
+    nearest = neighbours.nearest(
+      fake.features[: len(fake_images)], real.features, _NUM_NEIGHBOURS
+    )
+    real_images = self.images[real.indices[nearest]]
+    return np.concatenate([fake_images[:, None], real_images], axis=1)
+
+
+def read_records(workdir):
+  """Returns the records in scores.jsonl of a workdir, oldest first."""
+  path = pathlib.Path(workdir) / "scores.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def keep(workdir, record, config, state, data_state):
+  """Adds a record to scores.jsonl, and keeps the state if it is the best.
+
+  It is if its first score, the Fréchet distance, is the lowest of those by the
+  same protocol. It is kept in the folder `best`, which is itself a workdir.
+
+  Args:
+    workdir: of the run.
+    record: of `Evaluator.score`.
+    config: of the run.
+    state: GANState that was scored.
+    data_state: what belongs to it; see `checkpoint.save`.
+
+  Returns:
+    Whether it is the best.
+  """
+  best = pathlib.Path(workdir) / "best"
+  is_best = True
+  if jax.process_index() == 0:
+    first = next(iter(record["scores"]))
+    is_best = all(
+      record["scores"][first] < other["scores"][first]
+      for other in read_records(workdir)
+      if other["protocol"] == record["protocol"]
+    )
+    if is_best:
+      config_lib.claim_workdir(config, best)
+  if multihost_utils.broadcast_one_to_all(np.int32(is_best)):
+    with checkpoint.create_manager(best, keep=1) as manager:
+      for step in manager.all_steps():
+        manager.delete(step)  # it may be a later one than this
+      checkpoint.save(manager, state, data_state)
+  if jax.process_index() == 0:
+    # Last: what is recorded is not scored, nor kept, again.
+    with open(pathlib.Path(workdir) / "scores.jsonl", "a") as file:
+      file.write(json.dumps(record) + "\n")
+  return is_best
+
+
+def evaluate(
+  workdir,
+  which="last",
+  network=None,
+  inception_weights="",
+  num_samples=None,
+  seed=0,
+):
+  """Scores checkpoints of a run.
+
+  For each: prints a table, adds a line to scores.jsonl and scalars to
+  TensorBoard, draws pictures of nearest real neighbours and of interpolations
+  between latents in the folder `evaluation`, and keeps the best one in `best`.
+  What was scored by the same protocol before is not scored again.
+
+  Args:
+    workdir: of the run.
+    which: "last", "all", "watch" (all, and each new one until the run has
+      reached its end), or a step.
+    network: one of `features.NETWORKS`, or None for the config's.
+    inception_weights: file of Inception's weights; see `inception.load`.
+    num_samples: how many images to generate, or None for the config's.
+    seed: of their latents.
+
+  Raises:
+    ConfigError: if there is no such checkpoint, or it cannot be scored.
+  """
+  sample.check_seed(seed)
+  if which not in ("last", "all", "watch") and not which.isdigit():
+    raise config_lib.ConfigError(
+      f"--checkpoint={which!r} must be last, all, watch or a step"
+    )
+  config = config_lib.load(workdir)
+  if num_samples is None:
+    num_samples = config.evaluation.num_samples
+  if num_samples < 1:
+    raise config_lib.ConfigError(
+      f"--num_samples={num_samples} must be at least 1"
+    )
+  network = network or config.evaluation.features
+  network = features.load_network(network, inception_weights)
+  mesh = partitioning.create_mesh()
+  evaluator = None
+  interpolate = sample.make_interpolator(config, mesh)
+  with checkpoint.open_manager(workdir) as manager:
+    for step in _steps(manager, which, config_lib.total_steps(config)):
+      if evaluator is None:  # late: there may be no checkpoint
+        evaluator = Evaluator(
+          config,
+          mesh,
+          network,
+          num_samples,
+          seed,
+        )
+      done = [
+        record
+        for record in read_records(workdir)
+        if record["step"] == step and record["protocol"] == evaluator.protocol
+      ]
+      if done:
+        report(done[-1], is_best=False)  # of an earlier evaluation
+        continue
+      try:
+        state = checkpoint.restore(
+          manager, config, partitioning.replicated(mesh), step
+        )
+        data_state = checkpoint.restore_data_state(manager, step)
+      except (OSError, config_lib.ConfigError):
+        if which != "watch" or step in manager.all_steps(read=True):
+          raise
+        print(f"Step {step} was deleted before it was scored", flush=True)
+        continue
+      # All processes take part; the first writes.
+      fake, images = evaluator.features_of(state.g_ema_params)
+      between = interpolate(state.g_ema_params, seed)
+      record = evaluator.score(config, state, fake, long=True)
+      is_best = keep(workdir, record, config, state, data_state)
+      if jax.process_index() == 0:
+        report(record, is_best)
+        neighbours_of = evaluator.with_neighbours(images, fake)
+        _draw(workdir, step, "neighbours", neighbours_of)
+        _draw(workdir, step, "interpolation", np.asarray(between))
+        _write_scalars(workdir, record)
+
+
+def _steps(manager, which, total_steps):
+  """Yields the steps to score."""
+  if which == "last":
+    yield manager.latest_step()
+  elif which == "all":
+    yield from sorted(manager.all_steps())
+  elif which == "watch":
+    seen = set()
+    while total_steps not in seen:
+      new = sorted(set(manager.all_steps(read=True)) - seen)
+      for step in new:
+        seen.add(step)
+        yield step
+      if not new:
+        time.sleep(_POLL_SECONDS)
+  else:
+    yield int(which)
+
+
+def report(record, is_best):
+  """Prints a record as a table."""
+  protocol = record["protocol"]
+  note = (
+    f"{protocol['num_fake']:,} samples against the {protocol['num_real']:,} "
+    f"images of {protocol['dataset']} {protocol['split']} at "
+    f"{protocol['image_size']} px; features of {protocol['network']}"
+  )
+  verdict = ", the best so far" if is_best else ""
+  print(f"Scores of step {record['step']}, {record['kimg']:g} kimg{verdict}:")
+  print(scores.table(record["scores"], note))
+  if "class_share" in record:
+    shares = [f"{k} {v:.1%}" for k, v in record["class_share"].items()]
+    print("  classes, by nearest real images: " + ", ".join(shares[:20]))
+  print(end="", flush=True)
+
+
+def _draw(workdir, step, name, rows):
+  """Writes images [R, C, S, S, 3] as a picture."""
+  folder = pathlib.Path(workdir) / "evaluation"
+  folder.mkdir(exist_ok=True)
+  images = rows.reshape(-1, *rows.shape[2:])
+  grid = pictures.image_grid(images, columns=rows.shape[1])
+  pictures.write_png(folder / f"{step:08d}-{name}.png", grid, min_side=512)
+
+
+def _write_scalars(workdir, record):
+  # Late: it imports TensorFlow. In a folder of its own: a training run may be
+  # writing into the other.
+  from clu import metric_writers
+
+  writer = metric_writers.SummaryWriter(
+    str(pathlib.Path(workdir) / "evaluation")
+  )
+  writer.write_scalars(record["step"], record["scores"])
+  writer.flush()
+  writer.close()

@@ -1,0 +1,108 @@
+"""What generated images are compared with: a dataset, seen by a network."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+from tqdm import tqdm
+
+from vitgan_jax.metrics import features as features_lib
+from vitgan_jax.metrics import statistics
+
+
+class Reference(NamedTuple):
+  """A dataset, seen by a feature network.
+
+  Attributes:
+    statistics: `Statistics` of all images.
+    features: [n, F] of some of them, drawn at random.
+    indices: which these are, [n].
+  """
+
+  statistics: Any
+  features: Any
+  indices: Any
+
+
+def load(extractor, images, count):
+  """Returns the Reference of a dataset; computed once, then kept on disk.
+
+  Args:
+    extractor: features.Extractor.
+    images: PreparedImages.
+    count: features of this many images are kept, for the metrics that compare
+      images one by one; all images are in the statistics.
+
+  Returns:
+    A Reference, in the first process; None in others.
+  """
+  count = min(count, len(images))
+  network = extractor.network
+  name = (
+    f"{images.fingerprint[:12]}-{network.name}-{network.sha256[:8]}-{count}.npz"
+  )
+  path = images.path.parent / "references" / name
+  # The first process decides for all, which may have other disks.
+  known = bool(multihost_utils.broadcast_one_to_all(np.int32(path.exists())))
+  is_first = jax.process_index() == 0
+  if known:
+    return _read(path) if is_first else None
+  result = compute(extractor, images, count)
+  if is_first:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+      np.savez(
+        file,
+        **dataclasses.asdict(result.statistics),
+        features=result.features,
+        indices=result.indices,
+      )
+    partial.rename(path)
+  return result if is_first else None
+
+
+def compute(extractor, images, count):
+  """Returns the Reference of images, [N, S, S, 3] or PreparedImages."""
+  kept, num_kept = [], 0
+
+  def features():
+    nonlocal num_kept
+    with tqdm(
+      total=len(images),
+      desc="Features of the real images",
+      unit=" images",
+      disable=jax.process_index() != 0,
+    ) as progress:
+      for batch in features_lib.of_images(extractor, images, len(images)):
+        if num_kept < count:
+          kept.append(batch.features[: count - num_kept])
+          num_kept += len(kept[-1])
+        yield batch.features
+        progress.update(len(batch.features))
+
+  moments = statistics.from_batches(_thousands(features()))
+  indices = features_lib.order(images, count)
+  return Reference(moments, np.concatenate(kept), indices)
+
+
+def _thousands(batches):
+  """Joins batches, as each that is merged costs some hundred images."""
+  waiting = []
+  for batch in batches:
+    waiting.append(batch)
+    if sum(map(len, waiting)) >= 1000:
+      yield np.concatenate(waiting)
+      waiting = []
+  if waiting:
+    yield np.concatenate(waiting)
+
+
+def _read(path):
+  with np.load(path) as arrays:
+    moments = statistics.Statistics(
+      int(arrays["num"]), arrays["mean"], arrays["scatter"]
+    )
+    return Reference(moments, arrays["features"], arrays["indices"])
