@@ -38,7 +38,7 @@ def main(arguments):
     return
   for figures in results:
     for key, value in figures.items():
-      print(f"{key:<28}{value}")
+      print(f"{key:<32}{value}")
     print()
 
 

@@ -54,7 +54,7 @@ class PreparedImages:
       for shard in self.card["shards"]
       if shard["num_images"]  # all of a shard may have been corrupt
     ]
-    self._starts = np.cumsum([0, *map(len, self._shards)])
+    self._starts = np.cumsum([0, *(len(x.images) for x in self._shards)])
     self.shape = (int(self._starts[-1]), size, size, 3)
     self._bytes_read = 0
 
@@ -65,7 +65,7 @@ class PreparedImages:
       raise prepare.damaged(self.path, shard["file"]) from error
     if images.shape != shape or images.dtype != np.uint8:
       raise prepare.damaged(self.path, shard["file"])
-    return np.asarray(images)  # a memmap itself is slow to index
+    return _Shard(images)
 
   def __len__(self):
     return self.shape[0]
@@ -76,9 +76,14 @@ class PreparedImages:
     flat = indices.reshape(-1)
     shards = np.searchsorted(self._starts, flat, side="right") - 1
     offsets = flat - self._starts[shards]
+    places = list(zip(shards.tolist(), offsets.tolist()))
+    # All of a batch is asked for first: from a disk, it then comes at once, and
+    # without the neighbours that the system would read along with each.
+    for k, offset in places:
+      self._shards[k].will_need(offset)
     batch = np.empty((flat.size, *self.shape[1:]), np.uint8)
-    for i, (k, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
-      batch[i] = self._shards[k][offset]
+    for i, (k, offset) in enumerate(places):
+      batch[i] = self._shards[k].images[offset]
     self._bytes_read += batch.nbytes
     if self._bytes_read > _RELEASE_BYTES:
       self._release()
@@ -86,7 +91,7 @@ class PreparedImages:
 
   def _release(self):
     for shard in self._shards:
-      shard.base.base.madvise(mmap.MADV_DONTNEED)
+      shard.map.madvise(mmap.MADV_DONTNEED)
     self._bytes_read = 0
 
   @functools.cached_property
@@ -104,6 +109,22 @@ class PreparedImages:
     if "classes" not in self.card:
       raise ConfigError(f"dataset {self.card['dataset']} has no class labels")
     return np.load(self.path / "labels.npy")
+
+
+class _Shard:
+  """A memory-mapped array of images."""
+
+  def __init__(self, memmap):
+    self.images = np.asarray(memmap)  # a memmap itself is slow to index
+    self.map = memmap.base
+    self._offset = memmap.offset
+    self._image_bytes = memmap[0].nbytes
+
+  def will_need(self, index):
+    """Starts reading an image from the disk, if it is not in memory."""
+    start = self._offset + index * self._image_bytes
+    page = start // mmap.PAGESIZE * mmap.PAGESIZE
+    self.map.madvise(mmap.MADV_WILLNEED, page, start + self._image_bytes - page)
 
 
 def _is_basic(index):
