@@ -39,6 +39,7 @@ demo: .venv/installed
 	  --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.visualize --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.metrics.digits --workdir="$(WORKDIR)"
+	$(BIN)/python -m vitgan_jax.main --mode=evaluate --workdir="$(WORKDIR)"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -9,7 +9,8 @@ import pytest
 from tests import runs
 from tests.tiny import tiny_config
 from vitgan_jax import config as config_lib
-from vitgan_jax.benchmarks import data, train
+from vitgan_jax.benchmarks import data, metrics, train
+from vitgan_jax.metrics import features
 
 
 def test_figures_agree_with_one_another(monkeypatch):
@@ -57,6 +58,35 @@ def test_reading_is_measured_at_three_sizes(monkeypatch):
     assert figures["device_images_per_sec"] > 0
     assert 0 < figures["first_batch_seconds"] < 60
   assert 10 < results[1]["resident_mb_of_3m_images"] < 1000
+
+
+@pytest.mark.slow  # Inception, and metrics of 2,048 features
+def test_metrics_are_measured_beside_torch_fidelity(monkeypatch):
+  from tests import fidelity  # late: where torch is missing, it skips
+
+  assert fidelity.torch
+  monkeypatch.setattr(metrics, "NUM_IMAGES", 2100)
+  monkeypatch.setattr(features, "BATCH_SIZE", 1)
+  (figures,) = metrics.run(config=None, seconds=0.0)
+  np.testing.assert_allclose(
+    figures["features_ratio"],
+    figures["features_per_sec"] / figures["torch_fidelity_features_per_sec"],
+    atol=0.02,
+  )
+  np.testing.assert_allclose(
+    figures["estimated_total_seconds"],
+    2 * 2100 / figures["features_per_sec"] + figures["metrics_seconds"],
+    rtol=0.02,
+  )
+
+
+def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
+  def fail(name):
+    raise ImportError
+
+  monkeypatch.setattr(metrics.fidelity, "load", fail)
+  with pytest.raises(config_lib.ConfigError, match="--no-deps"):
+    metrics.run(config=None, seconds=0.0)
 
 
 def test_command_prints_one_line_of_json_or_says_how_to_call_it(tmp_path):

@@ -208,3 +208,17 @@ def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
   with pytest.raises(config_lib.ConfigError, match="file"):
     config_lib.claim_workdir(tiny.tiny_config(), tmp_path / workdir)
   assert (tmp_path / "file").read_text() == ""
+
+
+def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
+  config = tiny.tiny_config()
+  config_lib.claim_workdir(config, tmp_path)
+  path = tmp_path / "config.json"
+  values = json.loads(path.read_text())
+  del values["evaluation"], values["loss"]["r1_gamma"]
+  path.write_text(json.dumps(values))
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r"lacks evaluation\.\w+, .*loss\.r1_gamma: another version",
+  ):
+    config_lib.load(tmp_path)

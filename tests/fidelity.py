@@ -1,60 +1,15 @@
-"""torch-fidelity without torchvision, and its Inception at random weights.
-
-torchvision draws a CUDA build of torch; of torch-fidelity only reading data
-sets needs it. Tests that import this are skipped where torch is missing.
-"""
-
-import importlib
-import importlib.util
-import sys
-import types
-from unittest import mock
+"""torch-fidelity; tests that import this are skipped where it is missing."""
 
 import pytest
 
+from vitgan_jax.benchmarks import fidelity
+
 torch = pytest.importorskip("torch")
-_SPEC = importlib.util.find_spec("torch_fidelity")
-if _SPEC is None:
+try:
+  fidelity.load("metric_fid")
+except ImportError:
   pytest.skip("torch-fidelity is missing", allow_module_level=True)
 
-
-def load(name):
-  """Returns torch_fidelity.<name>, such as "metric_kid"."""
-  if "torch_fidelity" not in sys.modules:
-    package = types.ModuleType("torch_fidelity")
-    package.__path__ = list(_SPEC.submodule_search_locations)
-    sys.modules["torch_fidelity"] = package
-    sys.modules["torch_fidelity.utils"] = mock.MagicMock()
-  return importlib.import_module(f"torch_fidelity.{name}")
-
-
-def inception(path):
-  """Returns the extractor of a file of weights: pool3 and both logits."""
-  return load("feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
-    "inception-v3-compat",
-    ["2048", "logits_unbiased", "logits"],
-    feature_extractor_weights_path=str(path),
-  )
-
-
-def write_random_inception(path, legacy=False):
-  """Writes weights that neither blow up nor extinguish the activations.
-
-  Args:
-    path: of the file.
-    legacy: whether in the format that torch had before version 1.6.
-  """
-  with (
-    mock.patch.object(torch, "load"),
-    mock.patch.object(torch.nn.Module, "load_state_dict"),
-  ):
-    state_dict = inception(path).state_dict()
-  generator = torch.Generator().manual_seed(0)
-  for name, value in state_dict.items():
-    if name.endswith(("conv.weight", "fc.weight")):
-      value.normal_(0.0, (2.0 / value[0].numel()) ** 0.5, generator=generator)
-    elif name.endswith(("bn.weight", "running_var")):
-      value.uniform_(0.5, 1.5, generator=generator)
-    elif value.is_floating_point():
-      value.normal_(0.0, 0.1, generator=generator)
-  torch.save(state_dict, path, _use_new_zipfile_serialization=not legacy)
+load = fidelity.load
+inception = fidelity.inception
+write_random_inception = fidelity.write_random_inception

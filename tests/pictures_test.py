@@ -42,3 +42,12 @@ def test_png_is_enlarged_by_whole_pixels(tmp_path, min_side, factor):
   np.testing.assert_array_equal(
     pixels, np.kron(image, np.ones((factor, factor, 1), np.uint8))
   )
+
+
+def test_number_of_columns_can_be_given():
+  images = np.random.default_rng(0).integers(
+    0, 256, (6, 4, 4, 3), dtype=np.uint8
+  )
+  grid = pictures.image_grid(images, columns=2)
+  assert grid.shape == (12, 8, 3)  # gaps of a sixteenth of 4 pixels are none
+  np.testing.assert_array_equal(grid[4:8, :4], images[2])

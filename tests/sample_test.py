@@ -215,3 +215,27 @@ def test_workdir_without_checkpoints_is_an_error_and_left_alone(workdir):
   with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
     sample.sample(workdir, 2, 0, workdir / "new")
   assert runs.snapshot(workdir) == before
+
+
+def test_interpolation_goes_along_the_great_circle(digits_run):
+  config, params = digits_run.config, digits_run.state.g_ema_params
+  mesh = partitioning.create_mesh()
+  interpolate = sample.make_interpolator(config, mesh, rows=3, columns=5)
+  images = np.asarray(interpolate(params, 7))
+  assert images.shape == (3, 5, 16, 16, 3) and images.dtype == np.uint8
+  ends = np.asarray(
+    jax.random.normal(jax.random.key(7), (2, 3, 1, config.generator.latent_dim))
+  )[:, :, 0]
+  generator, _ = build_models(config)
+  for row in range(3):
+    a, b = ends[:, row].astype(np.float64)
+    angle = np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    for column, t in enumerate([0, 0.25, 0.5, 0.75, 1]):
+      z = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+      expected = sample.to_uint8(
+        generator.apply({"params": params}, z[None].astype(np.float32))[0]
+      )
+      # A pixel may be rounded to its neighbour.
+      np.testing.assert_allclose(
+        images[row, column].astype(int), expected, atol=1
+      )

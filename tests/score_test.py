@@ -9,7 +9,14 @@ from tests import datasets, networks
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import prepare
-from vitgan_jax.metrics import fid, score, statistics
+from vitgan_jax.metrics import (
+  features,
+  fid,
+  inception,
+  score,
+  statistics,
+  weights,
+)
 
 
 def smooth(num_images, seed):
@@ -139,3 +146,70 @@ def test_command_prints_a_table_or_json(tmp_path, monkeypatch):
 def test_wrong_call_is_an_error_that_says_how(arguments):
   with pytest.raises(config_lib.ConfigError, match=r"usage: .* REAL FAKE"):
     score.main(arguments)
+
+
+@pytest.mark.slow  # Inception on 8,600 images
+def test_all_metrics_of_images_agree_with_torch_fidelity(tmp_path):
+  from tests import fidelity  # late: where torch is missing, it skips
+
+  path = tmp_path / "weights.pth"
+  fidelity.write_random_inception(path)
+  state_dict = weights.read_state_dict(path)
+  network = weights.FeatureNetwork(
+    "inception",
+    "",
+    2048,
+    inception.from_state_dict(state_dict),
+    inception.apply,
+  )
+  real, fake = smooth(2150, seed=0), smooth(2150, seed=1) // 2
+  ours = score.score(real, fake, network)
+
+  theirs_network = fidelity.inception(path)
+
+  def theirs_of(images):
+    parts = []
+    for i in range(0, len(images), 16):
+      part = np.ascontiguousarray(images[i : i + 16].transpose(0, 3, 1, 2))
+      with fidelity.torch.no_grad():
+        parts.append(theirs_network(fidelity.torch.from_numpy(part)))
+    pooled, logits, _ = map(fidelity.torch.cat, zip(*parts))
+    return pooled, logits
+
+  real_features, _ = theirs_of(real)
+  # The order of the images decides which are in a split or a subset.
+  order = features.order(fake, len(fake))
+  fake_features, fake_logits = (x[order] for x in theirs_of(fake))
+  real_features = real_features[features.order(real, len(real))]
+  metric_fid = fidelity.load("metric_fid")
+  theirs = {
+    **metric_fid.fid_statistics_to_metric(
+      metric_fid.fid_features_to_statistics(real_features),
+      metric_fid.fid_features_to_statistics(fake_features),
+      verbose=False,
+    ),
+    **fidelity.load("metric_kid").kid_features_to_metric(
+      fake_features, real_features, verbose=False
+    ),
+    **fidelity.load("metric_isc").isc_features_to_metric(
+      fake_logits, shuffle=False
+    ),
+    **fidelity.load("metric_prc").prc_features_to_metric(
+      fake_features.double(), real_features.double(), verbose=False
+    ),
+  }
+  names = {
+    "fid2150": "frechet_inception_distance",
+    "kid2150": "kernel_inception_distance_mean",
+    "is2150": "inception_score_mean",
+    "precision2150": "precision",
+    "recall2150": "recall",
+  }
+  for name, their_name in names.items():
+    np.testing.assert_allclose(
+      ours[name],
+      theirs[their_name],
+      rtol=1e-3,  # features agree to 1e-6; a neighbour may turn on that
+      err_msg=name,
+    )
+  assert ours["fid2150"] > 0.01 and 0 < ours["precision2150"] < 1

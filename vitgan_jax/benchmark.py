@@ -1,11 +1,13 @@
-"""Measures speed: `python -m vitgan_jax.benchmark {train,data}`.
+"""Measures speed: `python -m vitgan_jax.benchmark {train,data,metrics}`.
 
   python -m vitgan_jax.benchmark train --config=configs/digits.py
   python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
   python -m vitgan_jax.benchmark data
+  python -m vitgan_jax.benchmark metrics
 
 `train` times the training step of a config on random images. `data` times the
-reading of prepared images, beside tf.data. Nothing is left on the disk.
+reading of prepared images, beside tf.data; `metrics` that of Inception's
+features and the metrics, beside torch-fidelity. Nothing is left on the disk.
 """
 
 import importlib
@@ -17,7 +19,7 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
-_NEEDS_CONFIG = {"train": True, "data": False}
+_NEEDS_CONFIG = {"train": True, "data": False, "metrics": False}
 
 
 def main(arguments):

@@ -53,6 +53,7 @@ def save(manager, state, data_state):
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
       ),
+      force=True,  # also a step that comes before one that is there
     )
 
 

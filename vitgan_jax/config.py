@@ -184,7 +184,15 @@ def load(workdir):
     values = None
   if not isinstance(values, dict):
     raise ConfigError(f"{path} is damaged: it holds no config")
-  return ml_collections.ConfigDict(values).lock()
+  config = ml_collections.ConfigDict(values).lock()
+  fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES}
+  missing = sorted(fields - flatten(config).keys())
+  if missing:
+    raise ConfigError(
+      f"{path} lacks {', '.join(missing)}: another version of vitgan_jax made "
+      "it; train anew, or with that version"
+    )
+  return config
 
 
 def _with_tuples(values):

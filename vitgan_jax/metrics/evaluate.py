@@ -154,7 +154,7 @@ def keep(workdir, record, config, state, data_state):
     Whether it is the best.
   """
   best = pathlib.Path(workdir) / "best"
-  is_best = True
+  is_best = False
   if jax.process_index() == 0:
     first = next(iter(record["scores"]))
     is_best = all(
@@ -164,16 +164,24 @@ def keep(workdir, record, config, state, data_state):
     )
     if is_best:
       config_lib.claim_workdir(config, best)
-  if multihost_utils.broadcast_one_to_all(np.int32(is_best)):
-    with checkpoint.create_manager(best, keep=1) as manager:
-      for step in manager.all_steps():
-        manager.delete(step)  # it may be a later one than this
+  is_best = _as_first_process(is_best)
+  if is_best:
+    with checkpoint.create_manager(best) as manager:
       checkpoint.save(manager, state, data_state)
+      manager.wait_until_finished()
+      for step in manager.all_steps():
+        if step != record["step"]:
+          manager.delete(step)
   if jax.process_index() == 0:
     # Last: what is recorded is not scored, nor kept, again.
     with open(pathlib.Path(workdir) / "scores.jsonl", "a") as file:
       file.write(json.dumps(record) + "\n")
   return is_best
+
+
+def _as_first_process(decision):
+  """Returns what the first process says: the others may have other disks."""
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 
 
 def evaluate(
@@ -222,22 +230,6 @@ def evaluate(
   interpolate = sample.make_interpolator(config, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
-      if evaluator is None:  # late: there may be no checkpoint
-        evaluator = Evaluator(
-          config,
-          mesh,
-          network,
-          num_samples,
-          seed,
-        )
-      done = [
-        record
-        for record in read_records(workdir)
-        if record["step"] == step and record["protocol"] == evaluator.protocol
-      ]
-      if done:
-        report(done[-1], is_best=False)  # of an earlier evaluation
-        continue
       try:
         state = checkpoint.restore(
           manager, config, partitioning.replicated(mesh), step
@@ -247,6 +239,17 @@ def evaluate(
         if which != "watch" or step in manager.all_steps(read=True):
           raise
         print(f"Step {step} was deleted before it was scored", flush=True)
+        continue
+      if evaluator is None:  # late: there may be no checkpoint
+        evaluator = Evaluator(config, mesh, network, num_samples, seed)
+      done = [
+        record
+        for record in read_records(workdir)
+        if record["step"] == step and record["protocol"] == evaluator.protocol
+      ]
+      if _as_first_process(bool(done)):
+        if done:
+          report(done[-1], is_best=False)  # of an earlier evaluation
         continue
       # All processes take part; the first writes.
       fake, images = evaluator.features_of(state.g_ema_params)

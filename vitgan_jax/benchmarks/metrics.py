@@ -1,0 +1,128 @@
+"""Speed of the metrics, beside torch-fidelity on the same device.
+
+InceptionV3 has random weights, which take as long as the published ones; images
+are random, of 32 pixels. The two take turns. Needs torch and torch-fidelity.
+"""
+
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from vitgan_jax import partitioning
+from vitgan_jax.benchmarks import fidelity
+from vitgan_jax.config import ConfigError
+from vitgan_jax.metrics import features, inception, scores, statistics, weights
+from vitgan_jax.metrics.reference import Reference
+
+NUM_IMAGES = 10_000  # of either kind, for the time of a whole score
+_THEIR_BATCH = 16  # faster than 64, its default, on a CPU
+
+
+def run(config, seconds):
+  """Returns the figures, a list of one dict.
+
+  Args:
+    config: not used: there is no model.
+    seconds: to measure the features for, of each of the two.
+
+  Raises:
+    ConfigError: if torch or torch-fidelity is missing.
+  """
+  del config
+  try:
+    fidelity.load("metric_fid")
+  except ImportError as error:
+    raise ConfigError(
+      "`benchmark metrics` compares with torch-fidelity: run `make test` once, "
+      "or pip install torch and, with --no-deps, torch-fidelity"
+    ) from error
+  ours, theirs = _features_per_sec(seconds)
+  rng = np.random.default_rng(0)
+  real, fake = np.abs(rng.normal(size=(2, NUM_IMAGES, 2048))).astype(np.float32)
+  logits = rng.normal(size=(NUM_IMAGES, 1008)).astype(np.float32)
+  our_seconds = _time(_our_scores, real, fake, logits)
+  their_seconds = _time(_their_scores, real, fake, logits)
+  # The features of both kinds; then all metrics.
+  our_total = 2 * NUM_IMAGES / ours + our_seconds
+  their_total = 2 * NUM_IMAGES / theirs + their_seconds
+  return [
+    {
+      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "features_per_sec": round(ours, 2),
+      "torch_fidelity_features_per_sec": round(theirs, 2),
+      "features_ratio": round(ours / theirs, 2),
+      "num_images": NUM_IMAGES,
+      "metrics_seconds": round(our_seconds, 1),
+      "torch_fidelity_metrics_seconds": round(their_seconds, 1),
+      "metrics_ratio": round(their_seconds / our_seconds, 2),
+      "estimated_total_seconds": round(our_total),
+      "torch_fidelity_estimated_total_seconds": round(their_total),
+      "total_ratio": round(their_total / our_total, 2),
+    }
+  ]
+
+
+def _features_per_sec(seconds):
+  """Returns ours and theirs, in turns of 64 images for each device."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "weights.pth"
+    fidelity.write_random_inception(path)
+    params = inception.from_state_dict(weights.read_state_dict(path))
+    their_network = fidelity.inception(path)
+  network = weights.FeatureNetwork("random", "", 2048, params, inception.apply)
+  extractor = features.Extractor(network, partitioning.create_mesh())
+  images = np.random.default_rng(0).integers(
+    0, 256, (extractor.batch_size, 32, 32, 3), np.uint8
+  )
+  batch = partitioning.global_batch(extractor.mesh, images)
+
+  def ours():
+    extractor(batch)
+
+  def theirs():
+    import torch
+
+    with torch.no_grad():
+      for i in range(0, len(images), _THEIR_BATCH):
+        part = images[i : i + _THEIR_BATCH].transpose(0, 3, 1, 2)
+        their_network(torch.from_numpy(np.ascontiguousarray(part)))
+
+  times = {ours: [], theirs: []}
+  for function in times:
+    function()  # compiles, or fills caches
+  while min(map(sum, times.values())) < seconds:
+    for function, durations in times.items():
+      durations.append(_time(function))
+  return [len(images) / np.median(times[function]) for function in times]
+
+
+def _time(function, *args):
+  start = time.perf_counter()
+  function(*args)
+  return time.perf_counter() - start
+
+
+def _our_scores(real, fake, logits):
+  moments = statistics.from_features(real)
+  reference = Reference(moments, real, None)
+  scores.compute("inception", reference, weights.Features(fake, logits))
+
+
+def _their_scores(real, fake, logits):
+  import torch
+
+  real, fake, logits = map(torch.from_numpy, (real, fake, logits))
+  fid = fidelity.load("metric_fid")
+  fid.fid_statistics_to_metric(
+    fid.fid_features_to_statistics(real),
+    fid.fid_features_to_statistics(fake),
+    verbose=False,
+  )
+  fidelity.load("metric_kid").kid_features_to_metric(fake, real, verbose=False)
+  fidelity.load("metric_isc").isc_features_to_metric(logits)
+  fidelity.load("metric_prc").prc_features_to_metric(
+    fake.double(), real.double(), verbose=False
+  )
