@@ -27,9 +27,9 @@ help:
 
 .venv/installed-test: .venv/installed
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
-	@# Without what they ask for: torchvision, which their metrics do not need.
+	@# Without what they ask for: torchvision would bring a CUDA build of torch.
 	$(PIP) install --constraint constraints.txt --no-deps torch-fidelity \
-	  efficientnet-lite-pytorch prdc
+	  pytorch-fid torchvision efficientnet-lite-pytorch prdc
 	@touch $@
 
 install: .venv/installed

@@ -76,6 +76,19 @@ def test_distance_equals_torch_fidelity():
   )
 
 
+# scipy's sqrtm is called as it was before; and torchvision's own.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_distance_equals_pytorch_fid():
+  from tests import fidelity  # late: where torch is missing, it skips
+
+  real, fake = correlated(300, 32, seed=1), correlated(200, 32, seed=2)
+  theirs = fidelity.load_pytorch_fid("fid_score").calculate_frechet_distance(
+    np.mean(fake, 0), np.cov(fake.T), np.mean(real, 0), np.cov(real.T)
+  )
+  actual = fid.frechet_distance(from_features(real), from_features(fake))
+  np.testing.assert_allclose(actual, theirs, rtol=1e-10)
+
+
 @pytest.mark.parametrize("rotate", [np.eye(32), rotation(32)])
 def test_equal_sets_have_no_distance_though_features_depend(rotate):
   features = correlated(200, 32, seed=1)

@@ -4,6 +4,7 @@ import http.server
 import pathlib
 import pickle
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,26 @@ def test_resize_is_that_of_tensorflow_1(size):
   expected = expected.numpy().transpose(0, 2, 3, 1)
   actual = jax.jit(inception.resize)(x)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torchvision
+def test_network_is_that_of_pytorch_fid(params, random_file):
+  theirs = fidelity.load_pytorch_fid("inception")
+  with (
+    mock.patch.object(
+      theirs,
+      "load_state_dict_from_url",
+      lambda *unused, **options: torch.load(random_file),
+    ),
+  ):
+    # Its resize has half-pixel centres, unlike TensorFlow's: left out.
+    network = theirs.InceptionV3(resize_input=False, normalize_input=False)
+  x = images(2, 299, 299)
+  normalised = (to_torch(x).float() - 128) / 128
+  with torch.no_grad():
+    (expected,) = network.eval()(normalised)
+  actual, _ = jax.jit(inception.apply)(params, x)
+  assert difference(actual, expected[:, :, 0, 0]) < TOLERANCE
 
 
 def half_pixel_resize(x):

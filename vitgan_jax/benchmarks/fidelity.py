@@ -17,10 +17,11 @@ def load(name):
   Raises:
     ImportError: if torch or torch-fidelity is not installed.
   """
-  spec = importlib.util.find_spec("torch_fidelity")
-  if spec is None or importlib.util.find_spec("torch") is None:
-    raise ImportError("torch and torch-fidelity are needed")
-  if not isinstance(sys.modules.get("torch_fidelity.utils"), mock.MagicMock):
+  if "torch_fidelity" not in sys.modules:
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None or importlib.util.find_spec("torch") is None:
+      raise ImportError("torch and torch-fidelity are needed")
+    # The package without its __init__, which imports everything.
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["torch_fidelity"] = package
