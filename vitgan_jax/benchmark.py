@@ -40,7 +40,7 @@ def main(arguments):
     return
   for figures in results:
     for key, value in figures.items():
-      print(f"{key:<32}{value}")
+      print(f"{key:<40}{value}")
     print()
 
 
