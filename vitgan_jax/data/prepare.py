@@ -143,9 +143,9 @@ def _prepare(data, path):
   card["shards"] = records
   _write_contact_sheet(partial, card)
   (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-  for file in [partial / "plan.json", *partial.glob("images-*.json")]:
-    file.unlink()
   partial.rename(path)  # a folder of this name is whole
+  for file in [path / "plan.json", *path.glob("images-*.json")]:
+    file.unlink()
   print(f"Prepared {card['num_images']:,} images in {path}", flush=True)
 
 

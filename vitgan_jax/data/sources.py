@@ -6,7 +6,6 @@ images are read in place.
 """
 
 import difflib
-import pathlib
 
 import numpy as np
 
@@ -66,16 +65,15 @@ def _folder(data, unused_variant):
 
 
 def _ffhq(data, unused_variant):
-  path = data.path or manual_dir(data) / "ffhq"
-  if not pathlib.Path(path).expanduser().exists():
+  if not data.path:
     raise ConfigError(
-      f"FFHQ is not at {path}. Download its PNGs, of 1024 or 128 pixels "
-      "(https://github.com/NVlabs/ffhq-dataset), and give their folder or zip "
-      "as config.data.path"
+      "config.data.path is empty: download the PNGs of FFHQ, of 1024 or 128 "
+      "pixels (https://github.com/NVlabs/ffhq-dataset), and give their folder "
+      "or zip as --config.data.path=DIR_OR_ZIP"
     )
   return _in_place(
     "ffhq",
-    path,
+    data.path,
     description="Flickr-Faces-HQ: 70,000 aligned faces.",
     license="CC BY-NC-SA 4.0, and of each image its own, see "
     "https://github.com/NVlabs/ffhq-dataset",
