@@ -210,6 +210,18 @@ def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
   assert (tmp_path / "file").read_text() == ""
 
 
+def test_changes_are_those_that_a_run_may_make():
+  config = tiny.tiny_config()
+  other = tiny.tiny_config(
+    {"data.data_dir": "elsewhere", "evaluation.num_samples": 7, "seed": 5}
+  )
+  changed = config_lib.with_changes(config, other)
+  assert changed.data.data_dir == "elsewhere"
+  assert changed.evaluation.num_samples == 7
+  assert changed.seed == config.seed
+  assert config.data.data_dir == ""
+
+
 def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
   config = tiny.tiny_config()
   config_lib.claim_workdir(config, tmp_path)

@@ -13,7 +13,7 @@ from configs import digits
 from tests import monitor_test, networks, runs, tiny
 from vitgan_jax import checkpoint, partitioning, sample
 from vitgan_jax import config as config_lib
-from vitgan_jax.data import pipeline
+from vitgan_jax.data import pipeline, prepare
 from vitgan_jax.metrics import evaluate, features, score
 
 NUM_SAMPLES = 1000
@@ -247,6 +247,15 @@ def test_bad_arguments_are_errors_that_write_no_score(
   assert "\n" not in str(error.value)
   assert not (workdir / "scores.jsonl").exists()
   assert not (workdir / "best").exists()
+
+
+def test_data_may_have_moved(workdir, tmp_path):
+  config = digits.get_config("smoke")
+  old = prepare.prepare(config.data)
+  config.data.data_dir = str(tmp_path / "data")
+  shutil.copytree(old, prepare.prepared_path(config.data))
+  evaluate_quietly(workdir, changes=config)
+  assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
 
 
 def test_workdir_without_checkpoints_is_an_error(workdir):

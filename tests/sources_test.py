@@ -289,6 +289,14 @@ def test_part_of_own_images(tmp_path, split):
   np.testing.assert_array_equal(part.labels(), whole.labels()[expected])
 
 
+def test_path_may_begin_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  datasets.write_folder(tmp_path / "mine", user_files())
+  data = data_config("~/data", "folder", path="~/mine")
+  assert len(pipeline.load_images(data)) == 8
+  assert (tmp_path / "data" / "vitgan_jax").is_dir()
+
+
 def test_new_images_under_the_same_path_are_prepared_anew(tmp_path):
   path = datasets.write_folder(tmp_path / "mine", user_files())
   data = data_config(tmp_path, "folder", path=str(path))

@@ -195,6 +195,14 @@ def load(workdir):
   return config
 
 
+def with_changes(config, other):
+  """Returns a config with those values of another that a run may change."""
+  values = flatten(other)
+  config = config.copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict({f: values[f] for f in _MAY_CHANGE})
+  return config.lock()
+
+
 def _with_tuples(values):
   # JSON knows only lists.
   return {k: tuple(v) if type(v) is list else v for k, v in values.items()}

@@ -94,6 +94,7 @@ def _evaluate():
     _INCEPTION_WEIGHTS.value,
     _NUM_SAMPLES.value,
     _SEED.value,
+    _CONFIG.value,
   )
 
 

@@ -4,6 +4,8 @@ TFDS copies what a dataset downloads into files of its own. For images that are
 already on disk, by the million, this builder reads the originals instead.
 """
 
+import pathlib
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -30,7 +32,8 @@ with tfds.core.registered.skip_registration():
       self._class_names, self._labels = labels
       self._info_fields = info
       super().__init__()
-      self._data_dir = str(path)  # as_dataset() asks whether it is there
+      # as_dataset() asks whether it is there.
+      self._data_dir = str(pathlib.Path(path).expanduser())
       self.info.set_splits(
         tfds.core.SplitDict(
           [

@@ -191,6 +191,7 @@ def evaluate(
   inception_weights="",
   num_samples=None,
   seed=0,
+  changes=None,
 ):
   """Scores checkpoints of a run.
 
@@ -207,6 +208,8 @@ def evaluate(
     inception_weights: file of Inception's weights; see `inception.load`.
     num_samples: how many images to generate, or None for the config's.
     seed: of their latents.
+    changes: a config, of which those fields count that a run may change, such
+      as where the data are; or None.
 
   Raises:
     ConfigError: if there is no such checkpoint, or it cannot be scored.
@@ -217,6 +220,8 @@ def evaluate(
       f"--checkpoint={which!r} must be last, all, watch or a step"
     )
   config = config_lib.load(workdir)
+  if changes is not None:
+    config = config_lib.with_changes(config, changes)
   if num_samples is None:
     num_samples = config.evaluation.num_samples
   if num_samples < 1:
