@@ -178,14 +178,19 @@ def test_preparing_that_is_cut_off_goes_on_where_it_was(
 
 
 def test_what_another_plan_left_is_not_used(data, monkeypatch):
+  data.image_size = 4
   path = prepare.prepared_path(data)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(shards, "_num_cores", lambda: 1)
     cut_off_after(10, patch, KeyboardInterrupt)
     patch.setattr(decode, "FILTER", Image.Resampling.NEAREST)
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare(data)
   prepared = pipeline.load_images(data)
-  expected = [noise(8, 8, 3, seed=i) for i in range(18)]
+  expected = [
+    decode.crop_and_resize(Image.fromarray(noise(8, 8, 3, seed=i)), 4)
+    for i in range(18)
+  ]
   np.testing.assert_array_equal(prepared[:], expected)
   assert prepared.path == path
 

@@ -14,7 +14,7 @@ from configs import (
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
-from vitgan_jax.data import decode, pipeline, sources
+from vitgan_jax.data import decode, pipeline, prepare, sources
 
 
 def as_prepared(encoded, data):
@@ -320,6 +320,21 @@ def test_part_of_a_tfds_split_is_the_same_images(tmp_path):
   whole = pipeline.load_images(data)
   data.split = "train[10:15]"
   np.testing.assert_array_equal(pipeline.load_images(data)[:], whole[10:15])
+
+
+def test_order_does_not_depend_on_files_or_shards(tmp_path, monkeypatch):
+  data = data_config(tmp_path, "sklearn_digits")
+  one = pipeline.load_images(data)
+  other = data_config(tmp_path / "other", "sklearn_digits")
+  builder = tfds.builder("sklearn_digits", data_dir=other.data_dir)
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(num_shards=5)
+  )
+  assert builder.info.splits["train"].num_shards == 5
+  monkeypatch.setattr(prepare, "_MIN_SHARD_IMAGES", 400)
+  many = pipeline.load_images(other)
+  assert len(many.card["shards"]) == 4 and len(one.card["shards"]) == 1
+  np.testing.assert_array_equal(many[:], one[:])
 
 
 def test_unknown_split_is_an_error_that_lists_the_splits(tmp_path):
