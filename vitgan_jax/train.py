@@ -81,7 +81,7 @@ def train_and_evaluate(config, workdir):
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
     samples = SampleWriter(config, workdir, mesh, images, writer)
-    evaluator = _make_evaluator(config, mesh)
+    evaluator = _make_evaluator(config, images, mesh)
     train_steps = make_train_steps(config, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
@@ -124,11 +124,12 @@ def train_and_evaluate(config, workdir):
   return state
 
 
-def _make_evaluator(config, mesh):
+def _make_evaluator(config, images, mesh):
   if not config.evaluation.every_kimg:
     return None
   return evaluate.Evaluator(
     config,
+    images,
     mesh,
     features.load_network(config.evaluation.features),
     config.evaluation.num_samples,

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vitgan_jax import partitioning
-from vitgan_jax.data import pipeline
+from vitgan_jax.data import pipeline, shards
 
 _NUM_IMAGES = 8192
 _BATCH_SIZE = 128
@@ -32,7 +32,7 @@ pipeline.ShuffledBatches(images, 128, 0)[0]
 assert "tensorflow" not in sys.modules
 """
 _MEMORY = """
-import sys, pathlib, resource
+import sys, pathlib
 from vitgan_jax.data import pipeline
 images = pipeline.PreparedImages(pathlib.Path(sys.argv[1]))
 stream = pipeline.ShuffledBatches(images, 128, 0)
@@ -176,20 +176,13 @@ def _memory(folder):
   num_shards, count, size = 256, 11_719, 64
   path = folder / "sparse"
   path.mkdir()
-  shards = []
+  records = []
   for k in range(num_shards):
-    shards.append({"file": f"{k}.npy", "num_images": count, "sha256": ""})
+    records.append({"file": f"{k}.npy", "num_images": count, "sha256": ""})
     with open(path / f"{k}.npy", "wb") as file:
-      np.lib.format.write_array_header_1_0(
-        file,
-        {
-          "descr": "|u1",
-          "fortran_order": False,
-          "shape": (count, size, size, 3),
-        },
-      )
+      shards.write_header(file, (count, size, size, 3))
       file.truncate(file.tell() + count * size * size * 3)
-  card = {"image_size": size, "shards": shards}
+  card = {"image_size": size, "shards": records}
   (path / "card.json").write_text(json.dumps(card))
   output = subprocess.run(
     [sys.executable, "-c", _MEMORY, path],

@@ -71,8 +71,9 @@ class PreparedImages:
     return self.shape[0]
 
   def __getitem__(self, index):
-    indices = np.arange(len(self))[index] if _is_basic(index) else index
-    indices = np.asarray(indices)
+    if isinstance(index, (int, slice)):
+      index = np.arange(len(self))[index]
+    indices = np.asarray(index)
     flat = indices.reshape(-1)
     shards = np.searchsorted(self._starts, flat, side="right") - 1
     offsets = flat - self._starts[shards]
@@ -125,10 +126,6 @@ class _Shard:
     start = self._offset + index * self._image_bytes
     page = start // mmap.PAGESIZE * mmap.PAGESIZE
     self.map.madvise(mmap.MADV_WILLNEED, page, start + self._image_bytes - page)
-
-
-def _is_basic(index):
-  return isinstance(index, (int, slice))
 
 
 class ShuffledBatches:

@@ -12,7 +12,6 @@ checksums.
 import contextlib
 import fcntl
 import json
-import pathlib
 import re
 import shutil
 
@@ -212,7 +211,7 @@ def main(arguments):
   for key in ("dataset", "source", "split", "crop", "filter", "licence"):
     print(f"{key:<10}{card[key]}")
   print(f"{'images':<10}{card['num_images']:,}, {len(card['skipped'])} skipped")
-  print(f"{'look at':<10}{pathlib.Path(path / 'contact_sheet.png')}")
+  print(f"{'look at':<10}{path / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class ShardMaker:
     temporary = path.with_suffix(".tmp")
     count, labels, skipped = 0, [], []
     with open(temporary, "wb") as file:
-      _write_header(file, (0, size, size, 3))
+      write_header(file, (0, size, size, 3))
       for example in self._read(k):
         if self._stop.is_set():
           return None
@@ -134,7 +134,7 @@ class ShardMaker:
         with self._count_lock:
           self._progress.update()
       file.seek(0)
-      _write_header(file, (count, size, size, 3))
+      write_header(file, (count, size, size, 3))
     record = {
       "file": path.name,
       "num_images": count,
@@ -188,7 +188,8 @@ def _num_cores():
   return os.cpu_count()
 
 
-def _write_header(file, shape):
+def write_header(file, shape):
+  """Writes the .npy header of a uint8 array of a shape; data are to follow."""
   # NumPy leaves room in it, so that the count can be written over later.
   np.lib.format.write_array_header_1_0(
     file, {"descr": "|u1", "fortran_order": False, "shape": shape}

@@ -22,20 +22,18 @@ _NUM_NEIGHBOURS = 7  # real images beside each
 class Evaluator:
   """Scores generators of one config, by one protocol."""
 
-  def __init__(self, config, mesh, network, num_samples, seed):
+  def __init__(self, config, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
     Args:
       config: of the run.
+      images: PreparedImages, those of its dataset.
       mesh: the devices.
       network: FeatureNetwork.
       num_samples: how many images to generate for a score.
       seed: of their latents.
-
-    Raises:
-      ConfigError: if the dataset cannot be had.
     """
-    self.images = pipeline.load_images(config.data)
+    self.images = images
     self._num_samples = num_samples
     self._seed = seed
     self._extractor = features.Extractor(network, mesh)
@@ -90,12 +88,13 @@ class Evaluator:
     """
     if jax.process_index() != 0:
       return None
-    name = self._extractor.network.name.split("-")[0]
     step = int(state.step)
     record = {
       "step": step,
       "kimg": step * config.batch_size / 1000,
-      "scores": scores.compute(name, self.reference, fake, long),
+      "scores": scores.compute(
+        self.protocol["network"], self.reference, fake, long
+      ),
       "protocol": self.protocol,
     }
     if "classes" in self.images.card:
@@ -246,7 +245,8 @@ def evaluate(
         print(f"Step {step} was deleted before it was scored", flush=True)
         continue
       if evaluator is None:  # late: there may be no checkpoint
-        evaluator = Evaluator(config, mesh, network, num_samples, seed)
+        images = pipeline.load_images(config.data)
+        evaluator = Evaluator(config, images, mesh, network, num_samples, seed)
       done = [
         record
         for record in read_records(workdir)
@@ -257,13 +257,13 @@ def evaluate(
           report(done[-1], is_best=False)  # of an earlier evaluation
         continue
       # All processes take part; the first writes.
-      fake, images = evaluator.features_of(state.g_ema_params)
+      fake, first = evaluator.features_of(state.g_ema_params)
       between = interpolate(state.g_ema_params, seed)
       record = evaluator.score(config, state, fake, long=True)
       is_best = keep(workdir, record, config, state, data_state)
       if jax.process_index() == 0:
         report(record, is_best)
-        neighbours_of = evaluator.with_neighbours(images, fake)
+        neighbours_of = evaluator.with_neighbours(first, fake)
         _draw(workdir, step, "neighbours", neighbours_of)
         _draw(workdir, step, "interpolation", np.asarray(between))
         _write_scalars(workdir, record)

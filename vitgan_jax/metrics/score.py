@@ -110,7 +110,7 @@ def score(real_images, fake_images, network):
     unit=" batches",
   )
   fake = features.concatenate(progress)
-  return scores.compute(network.name.split("-")[0], real, fake, long=True)
+  return scores.compute(network.name, real, fake, long=True)
 
 
 def main(arguments):

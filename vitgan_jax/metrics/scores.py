@@ -17,7 +17,8 @@ def compute(network, real, fake, long=False):
   FID, and compare only with one another.
 
   Args:
-    network: one of `features.NETWORKS`.
+    network: name of the FeatureNetwork; what stands before its first hyphen
+      goes into the metrics' names.
     real: `reference.Reference`.
     fake: `Features` of the generated images, [N, F] and [N, C].
     long: whether to add what takes a minute: the 95% interval of the Fréchet
@@ -29,6 +30,7 @@ def compute(network, real, fake, long=False):
   Raises:
     ConfigError: if there are too few images.
   """
+  network = network.split("-")[0]
   count = count_name(len(fake.features))
   is_inception = network == "inception"
   infix = "" if is_inception else f"_{network}"
