@@ -14,6 +14,11 @@ def get_config():
   config.batch_size = 128  # images a step, over all devices
   config.total_kimg = 51_200.0  # length of the run, thousands of real images
   config.steps_per_call = 16  # steps in one call of the host; must fit the kimg
+  # Micro-batches that a step's batch is taken in, one after the other: less
+  # memory for the same step
+  config.accumulation = 1
+  config.remat = False  # compute the blocks anew going backward: less memory
+  config.fsdp = 1  # devices that share one copy of the state; divides theirs
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"
 
   config.data = ml_collections.ConfigDict()

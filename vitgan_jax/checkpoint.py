@@ -1,12 +1,10 @@
 """Orbax checkpoints of the whole training state and the place in the data."""
 
-import pathlib
-
-import jax
+from etils import epath
 import orbax.checkpoint as ocp
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.train_state import create_train_state
+from vitgan_jax.train_state import state_shapes
 
 
 def create_manager(workdir, keep=None):
@@ -35,7 +33,7 @@ def open_manager(workdir):
 
 
 def _directory(workdir):
-  return pathlib.Path(workdir).absolute() / "checkpoints"
+  return epath.Path(workdir).absolute() / "checkpoints"
 
 
 def save(manager, state, data_state):
@@ -57,13 +55,13 @@ def save(manager, state, data_state):
     )
 
 
-def restore(manager, config, sharding, step=None):
+def restore(manager, config, mesh, step=None):
   """Returns the GANState of a checkpoint.
 
   Args:
     manager: of `create_manager`.
     config: the config that made the run.
-    sharding: where the restored arrays go; any mesh will do.
+    mesh: of the devices that the arrays go to, not only that of the run.
     step: which checkpoint; None is the latest.
 
   Raises:
@@ -72,10 +70,7 @@ def restore(manager, config, sharding, step=None):
   step = manager.latest_step() if step is None else step
   if step not in manager.all_steps():
     raise ConfigError(_missing(manager.directory, step))
-  abstract_state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    jax.eval_shape(lambda: create_train_state(config)),
-  )
+  abstract_state = state_shapes(config, mesh)
   try:
     return manager.restore(
       step,
@@ -95,19 +90,19 @@ def restore_data_state(manager, step):
   ).data
 
 
-def restore_latest(workdir, config, sharding):
+def restore_latest(workdir, config, mesh):
   """Returns the GANState of a workdir's last checkpoint; writes nothing.
 
   Args:
     workdir: the run's folder.
     config: the config that made the run.
-    sharding: where the restored arrays go.
+    mesh: of the devices that the arrays go to.
 
   Raises:
     ConfigError: if there is no checkpoint.
   """
   with open_manager(workdir) as manager:
-    return restore(manager, config, sharding)
+    return restore(manager, config, mesh)
 
 
 def _missing(directory, step=None):

@@ -1,13 +1,17 @@
 """Checks, names, saves and loads a run's config."""
 
 import json
-import pathlib
 
+from etils import epath
 import ml_collections
 
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
   "total_kimg",
+  # These give the same numbers, up to the order of float32 sums.
+  "accumulation",
+  "remat",
+  "fsdp",
   "log_every_kimg",
   "sample_every_kimg",
   "num_sample_images",
@@ -34,6 +38,8 @@ _POSITIVE = (
   "batch_size",
   "total_kimg",
   "steps_per_call",
+  "accumulation",
+  "fsdp",
   "data.image_size",
   *(
     f"{network}.{field}"
@@ -111,6 +117,11 @@ def validate(config):
   for field in _NOT_NEGATIVE:
     if values[field] < 0:
       raise ConfigError(f"config.{field}={values[field]} must not be negative")
+  if config.batch_size % config.accumulation:
+    raise ConfigError(
+      f"config.accumulation={config.accumulation} must divide "
+      f"config.batch_size={config.batch_size}"
+    )
   crop = config.data.crop
   if crop and not (
     len(crop) == 4
@@ -163,7 +174,7 @@ def total_steps(config):
 
 def config_path(workdir):
   """Returns where a workdir keeps its config."""
-  return pathlib.Path(workdir) / "config.json"
+  return epath.Path(workdir) / "config.json"
 
 
 def load(workdir):
@@ -235,5 +246,5 @@ def claim_workdir(config, workdir):
     partial.replace(path)
   except OSError as error:
     raise ConfigError(
-      f"cannot write into --workdir={workdir}: {error.strerror}"
+      f"cannot write into --workdir={workdir}: {error.strerror or error}"
     ) from error

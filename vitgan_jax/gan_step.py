@@ -12,9 +12,8 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from vitgan_jax import losses, partitioning
+from vitgan_jax import diff_augment, losses, partitioning
 from vitgan_jax import train_state as train_state_lib
-from vitgan_jax.diff_augment import augment
 
 LOGIT_EMA_DECAY = 0.99  # LeCam, Tseng et al. 2021
 
@@ -29,23 +28,38 @@ def make_train_step(config, mesh):
   d_adversarial, g_adversarial = losses.ADVERSARIAL_LOSSES[
     config.loss.adversarial
   ]
-  transform = functools.partial(augment, **config.augment)
-  sharding = partitioning.batch_sharding(mesh)
+  transform = diff_augment.apply
 
-  def generate(g_params, key):
+  def draw_latents(key):
     shape = (config.batch_size, config.generator.latent_dim)
-    latents = lax.with_sharding_constraint(
-      jax.random.normal(key, shape), sharding
+    return lax.with_sharding_constraint(
+      jax.random.normal(key, shape), partitioning.batch_sharding(mesh)
     )
+
+  def draw_augmentation(key):
+    return diff_augment.draw(
+      key, config.batch_size, config.data.image_size, **config.augment
+    )
+
+  def generate(g_params, latents):
     return generator.apply({"params": g_params}, latents)
+
+  gradient_of = functools.partial(_gradient, config.accumulation, mesh)
 
   def d_step(state, real_images, key):
     z_key, real_key, fake_key = jax.random.split(key, 3)
-    fake_images = generate(state.g_params, z_key)
-    real_augmented = transform(real_key, real_images)
-    fake_augmented = transform(fake_key, fake_images)
+    batch = (
+      draw_latents(z_key),
+      real_images,
+      draw_augmentation(real_key),
+      draw_augmentation(fake_key),
+    )
 
-    def loss_fn(d_params):
+    def loss_fn(d_params, batch):
+      latents, real_images, real_draws, fake_draws = batch
+      fake_images = generate(state.g_params, latents)
+      real_augmented = transform(real_draws, real_images)
+      fake_augmented = transform(fake_draws, fake_images)
       variables = {"params": d_params, "spectral": state.d_spectral}
       batches = [real_augmented, fake_augmented]
       if config.loss.bcr_weight:
@@ -95,9 +109,7 @@ def make_train_step(config, mesh):
           add(name, gamma, penalty)
       return loss, (metrics, spectral)
 
-    gradients, (metrics, spectral) = jax.grad(loss_fn, has_aux=True)(
-      state.d_params
-    )
+    gradients, (metrics, spectral) = gradient_of(loss_fn, state.d_params, batch)
     updates, opt_state = d_optimizer.update(
       gradients, state.d_opt_state, state.d_params
     )
@@ -118,17 +130,24 @@ def make_train_step(config, mesh):
     z_key, real_key, fake_key = jax.random.split(key, 3)
     variables = {"params": state.d_params, "spectral": state.d_spectral}
 
-    def loss_fn(g_params):
-      fake_images = transform(fake_key, generate(g_params, z_key))
+    batch = (draw_latents(z_key), draw_augmentation(fake_key))
+    if config.loss.adversarial == "rpgan":  # the one that compares pairs
+      batch += (real_images, draw_augmentation(real_key))
+
+    def loss_fn(g_params, batch):
+      latents, fake_draws, *real = batch
+      fake_images = transform(fake_draws, generate(g_params, latents))
       fake_logits = discriminator.apply(variables, fake_images)
       real_logits = None
-      if config.loss.adversarial == "rpgan":  # the one that compares pairs
+      if real:
+        real_images, real_draws = real
         real_logits = discriminator.apply(
-          variables, transform(real_key, real_images)
+          variables, transform(real_draws, real_images)
         )
-      return g_adversarial(real_logits, fake_logits)
+      loss = g_adversarial(real_logits, fake_logits)
+      return loss, ({"loss/g": loss}, None)
 
-    loss, gradients = jax.value_and_grad(loss_fn)(state.g_params)
+    gradients, (metrics, _) = gradient_of(loss_fn, state.g_params, batch)
     updates, opt_state = g_optimizer.update(
       gradients, state.g_opt_state, state.g_params
     )
@@ -146,7 +165,7 @@ def make_train_step(config, mesh):
       ),
       g_opt_state=opt_state,
     )
-    return state, {"loss/g": loss}
+    return state, metrics
 
   def train_step(state, real_images, key):
     flip_key, d_key, g_key = jax.random.split(key, 3)
@@ -176,11 +195,11 @@ def make_train_steps(config, mesh):
     state, metrics = lax.scan(body, state, real_images)
     return state, jax.tree.map(jnp.mean, metrics)
 
-  replicated = partitioning.replicated(mesh)
+  state_shardings = train_state_lib.state_shardings(config, mesh)
   return jax.jit(
     train_steps,
-    in_shardings=(replicated, partitioning.batch_sharding(mesh, axis=1)),
-    out_shardings=replicated,
+    in_shardings=(state_shardings, partitioning.batch_sharding(mesh, axis=1)),
+    out_shardings=(state_shardings, partitioning.replicated(mesh)),
     donate_argnums=0,
   )
 
@@ -194,6 +213,51 @@ def random_flip(key, images):
   """Mirrors each image [B, S, S, C] left to right with probability 1/2."""
   flipped = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(flipped, images[:, :, ::-1], images)
+
+
+def _gradient(num_parts, mesh, loss_fn, params, batch):
+  """Differentiates a loss, one part of the batch after the other.
+
+  All losses and penalties of a step are means over images, or over pairs of
+  them, and so are their sums: means over equal parts are those of the whole.
+
+  Args:
+    num_parts: how many micro-batches.
+    mesh: of the devices that share the batch.
+    loss_fn: (params, batch) to (loss, (metrics, rest)); `rest` is of the
+      parameters alone, the same for all images.
+    params: pytree.
+    batch: pytree of arrays [B, ...].
+
+  Returns:
+    (gradients, (metrics, rest)).
+  """
+  gradient_fn = jax.grad(loss_fn, has_aux=True)
+  if num_parts == 1:
+    return gradient_fn(params, batch)
+
+  def split(x):
+    # Part k has the images k, k + num_parts, ...: none leaves its device.
+    x = x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+    sharding = partitioning.batch_sharding(mesh, axis=1)
+    return lax.with_sharding_constraint(x, sharding)
+
+  def add(carry, part):
+    (gradients, metrics), _ = carry
+    new_gradients, (new_metrics, rest) = gradient_fn(params, part)
+    sums = jax.tree.map(
+      jnp.add, (gradients, metrics), (new_gradients, new_metrics)
+    )
+    return (sums, rest), None
+
+  parts = jax.tree.map(split, batch)
+  gradients, (metrics, rest) = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], parts)),
+  )
+  (sums, rest), _ = lax.scan(add, ((gradients, metrics), rest), parts)
+  gradients, metrics = jax.tree.map(lambda x: x / num_parts, sums)
+  return gradients, (metrics, rest)
 
 
 def _apply_to_all(discriminator, variables, batches):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vitgan_jax import partitioning
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.generator import Generator
 
@@ -41,7 +42,9 @@ class GANState:
 def build_models(config):
   """Returns (generator, discriminator), as the config describes them."""
   common = dict(
-    image_size=config.data.image_size, dtype=jnp.dtype(config.dtype)
+    image_size=config.data.image_size,
+    remat=config.remat,
+    dtype=jnp.dtype(config.dtype),
   )
   return (
     Generator(**config.generator, **common),
@@ -80,6 +83,31 @@ def create_train_state(config):
     d_opt_state=d_optimizer.init(d_params),
     logit_ema={"real": jnp.zeros(()), "fake": jnp.zeros(())},
   )
+
+
+def state_shapes(config, mesh):
+  """Returns the GANState of `jax.ShapeDtypeStruct`s, with their shardings."""
+  shapes = jax.eval_shape(lambda: create_train_state(config))
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    shapes,
+    partitioning.state_shardings(mesh, shapes),
+  )
+
+
+def state_shardings(config, mesh):
+  """Returns the shardings of a GANState; see `partitioning.state_shardings`."""
+  return jax.tree.map(lambda x: x.sharding, state_shapes(config, mesh))
+
+
+def init_train_state(config, mesh):
+  """Returns the GANState of step 0 on the devices of a mesh."""
+  return jax.jit(
+    lambda: create_train_state(config),
+    out_shardings=state_shardings(config, mesh),
+  )()
 
 
 def ema_decay(images_seen, batch_size, half_life_kimg, ramp_up):

@@ -8,7 +8,7 @@ import numpy as np
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.train_state import create_train_state
+from vitgan_jax.train_state import init_train_state
 
 
 def run(config, seconds):
@@ -19,11 +19,8 @@ def run(config, seconds):
     seconds: to measure for; compilation and a first call come on top.
   """
   config_lib.validate(config)
-  mesh = partitioning.create_mesh()
-  replicated = partitioning.replicated(mesh)
-  state = jax.jit(
-    lambda: create_train_state(config), out_shardings=replicated
-  )()
+  mesh = partitioning.create_mesh(fsdp=config.fsdp)
+  state = init_train_state(config, mesh)
   size = config.data.image_size
   shape = (config.steps_per_call, config.batch_size, size, size, 3)
   images = partitioning.global_batch(

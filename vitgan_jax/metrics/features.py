@@ -61,7 +61,7 @@ class Extractor:
       outputs = jax.lax.map(lambda x: network.apply(params, x), chunks)
       return jax.tree.map(lambda x: x.reshape(count, -1), outputs)
 
-    data = PartitionSpec("data")
+    data = PartitionSpec(partitioning.BATCH_AXES)
     self._apply = jax.jit(
       jax.shard_map(
         apply, mesh=mesh, in_specs=(PartitionSpec(), data), out_specs=data

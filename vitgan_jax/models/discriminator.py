@@ -29,6 +29,8 @@ class Discriminator(nn.Module):
     conv_qkv: whether query, key and value are 3x3 convolutions.
     spectral_norm: of every dense layer: "isn", "sn" or "none".
     position_scale: see `layers.SineEmbedding.scale`.
+    remat: whether the backward pass computes the blocks' insides again, which
+      takes time and saves memory.
     dtype: of the computation; parameters, sigma and logits are float32.
   """
 
@@ -44,6 +46,7 @@ class Discriminator(nn.Module):
   conv_qkv: bool
   spectral_norm: str
   position_scale: float
+  remat: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -70,8 +73,9 @@ class Discriminator(nn.Module):
       ],
       axis=1,
     )
+    block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
-      h = TransformerBlock(
+      h = block(
         norm=LayerNorm,
         mlp_dim=self.mlp_dim,
         attention=dict(

@@ -67,6 +67,8 @@ class Generator(nn.Module):
     decoder_dim: hidden width of the patch decoder.
     position_scale: see `layers.SineEmbedding.scale`, for the tokens.
     fourier_scale: the same for the pixels of a patch.
+    remat: whether the backward pass computes the blocks' insides again, which
+      takes time and saves memory.
     dtype: of the computation; parameters and images are float32.
   """
 
@@ -86,6 +88,7 @@ class Generator(nn.Module):
   decoder_dim: int
   position_scale: float
   fourier_scale: float
+  remat: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -113,8 +116,9 @@ class Generator(nn.Module):
       else:
         h = jnp.concatenate([token, h], axis=1)
     h = h.astype(self.dtype)
+    block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
-      h = TransformerBlock(
+      h = block(
         norm=norm,
         mlp_dim=self.mlp_dim,
         attention=dict(

@@ -1,0 +1,135 @@
+"""Many processes that train or evaluate together, one on each host."""
+
+import contextlib
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from vitgan_jax.config import ConfigError
+
+_MESSAGE_BYTES = 1024
+_CONNECT_SECONDS = 300
+
+
+def initialize(
+  detect, coordinator_address, num_processes, process_id, preemptible
+):
+  """Joins the processes of a run; before any other call of JAX.
+
+  Does nothing unless it is asked to detect, or to connect.
+
+  Args:
+    detect: whether to ask the cluster who the others are: Cloud TPU, GKE,
+      Slurm or MPI.
+    coordinator_address: "host:port" of the first process, or None.
+    num_processes: how many there are, or None.
+    process_id: which one this is, from 0, or None.
+    preemptible: whether SIGTERM to one is to be seen by all; then it ends
+      none, see `stop_requested`.
+
+  Raises:
+    ConfigError: if the flags do not go together, or no processes are found.
+  """
+  flags = {
+    "--coordinator_address": coordinator_address,
+    "--num_processes": num_processes,
+    "--process_id": process_id,
+  }
+  missing = [name for name, value in flags.items() if value is None]
+  if len(missing) == len(flags):
+    if not detect:
+      return
+    flags_of_jax = {}
+  else:
+    if missing or detect:
+      raise ConfigError(
+        f"{', '.join(flags)} must be given all together, without "
+        "--distributed, which finds them out"
+      )
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdigit():
+      raise ConfigError(
+        f"--coordinator_address={coordinator_address} must be HOST:PORT"
+      )
+    if not 0 <= process_id < num_processes:
+      raise ConfigError(
+        f"--process_id={process_id} must be from 0 to --num_processes - 1, and "
+        f"--num_processes is {num_processes}"
+      )
+    flags_of_jax = dict(
+      coordinator_address=coordinator_address,
+      num_processes=num_processes,
+      process_id=process_id,
+      # Not those of a cluster, either.
+      cluster_detection_method="deactivate",
+    )
+  jax.config.update("jax_enable_preemption_service", preemptible)
+  try:
+    jax.distributed.initialize(
+      initialization_timeout=_CONNECT_SECONDS, **flags_of_jax
+    )
+  except ValueError as error:
+    raise ConfigError(
+      "--distributed found no cluster (Cloud TPU, GKE, Slurm, MPI) around this "
+      "process: give --coordinator_address, --num_processes and --process_id"
+    ) from error
+  except RuntimeError as error:
+    reason = str(error).splitlines()[0]
+    raise ConfigError(
+      f"cannot reach the other processes: {reason}. Start all of them, with "
+      "the address of the first as --coordinator_address"
+    ) from error
+
+
+def is_first():
+  """Says whether this is the process that writes what one must write."""
+  return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together():
+  """Leaves the block when all processes have; an error of one is one of all.
+
+  Without it, a process that ends would leave the others waiting for it in
+  their next computation.
+
+  Raises:
+    ConfigError: that of the block, in this or in another process.
+  """
+  error = None
+  try:
+    yield
+  except ConfigError as raised:
+    error = raised
+  if jax.process_count() > 1:
+    message = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = str(error or "").encode()[:_MESSAGE_BYTES]
+    message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    for i, other in enumerate(multihost_utils.process_allgather(message)):
+      if error is None and other.any():
+        text = other.tobytes().rstrip(b"\0").decode(errors="ignore")
+        raise ConfigError(f"process {i}: {text}")
+  if error is not None:
+    raise error
+
+
+def as_first(decision):
+  """Returns the first process's yes or no: others may have other disks."""
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+
+
+def stop_requested(step, steps_per_call):
+  """Says whether one of the processes got SIGTERM: at the same step in all.
+
+  Args:
+    step: steps done; each process calls this once after each call.
+    steps_per_call: by how many steps the calls are apart.
+  """
+  # JAX stops all at the first number that none of them has come to, and Orbax
+  # asks for steps as well: so each step is asked for.
+  asked = [
+    multihost_utils.reached_preemption_sync_point(s + 1)
+    for s in range(step - steps_per_call, step)
+  ]
+  return any(asked)
