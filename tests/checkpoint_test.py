@@ -14,10 +14,8 @@ CONFIG = tiny.tiny_config()
 SHAPES = jax.eval_shape(lambda: create_train_state(CONFIG))
 
 
-def replicated(num_devices):
-  return partitioning.replicated(
-    partitioning.create_mesh(jax.devices()[:num_devices])
-  )
+def mesh_of(num_devices, fsdp=1):
+  return partitioning.create_mesh(jax.devices()[:num_devices], fsdp)
 
 
 def random_state(step, seed=0):
@@ -30,7 +28,7 @@ def random_state(step, seed=0):
     return rng.integers(1, 2**20, leaf.shape).astype(leaf.dtype)
 
   state = jax.tree.map(fill, SHAPES).replace(step=np.int32(step))
-  return jax.device_put(state, replicated(8))
+  return jax.device_put(state, partitioning.replicated(mesh_of(8)))
 
 
 def small_state(step):
@@ -53,13 +51,14 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, num_devices):
   workdir, states = saved
-  sharding = replicated(num_devices)
+  mesh = mesh_of(num_devices)
   with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, CONFIG, sharding)
+    state = checkpoint.restore(manager, CONFIG, mesh)
   tiny.assert_bit_equal(state, states[7])
   assert state.key.dtype == states[7].key.dtype
   for name, leaf in tiny.leaves_by_name(state).items():
-    assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
+    assert leaf.sharding.is_fully_replicated, name
+    assert leaf.sharding.device_set == set(mesh.devices.flat), name
 
 
 def test_state_holds_all_that_a_run_needs(saved):
@@ -82,26 +81,26 @@ def test_state_holds_all_that_a_run_needs(saved):
 def test_earlier_step_can_be_asked_for(saved):
   workdir, states = saved
   with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, CONFIG, replicated(8), step=3)
+    state = checkpoint.restore(manager, CONFIG, mesh_of(8), step=3)
   tiny.assert_bit_equal(state, states[3])
 
 
 def test_missing_step_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError, match="of step 5 in"):
-      checkpoint.restore(manager, CONFIG, replicated(8), step=5)
+      checkpoint.restore(manager, CONFIG, mesh_of(8), step=5)
 
 
 def test_missing_step_zero_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError, match="of step 0 in"):
-      checkpoint.restore(manager, CONFIG, replicated(8), step=0)
+      checkpoint.restore(manager, CONFIG, mesh_of(8), step=0)
 
 
 def test_workdir_without_checkpoints_is_an_error(tmp_path):
   with checkpoint.create_manager(tmp_path) as manager:
     with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
-      checkpoint.restore(manager, CONFIG, replicated(8))
+      checkpoint.restore(manager, CONFIG, mesh_of(8))
 
 
 @pytest.mark.parametrize("field", ["generator.depth", "discriminator.depth"])
@@ -109,7 +108,7 @@ def test_checkpoint_of_another_model_is_an_error_of_one_line(saved, field):
   config = tiny.tiny_config({field: 2})
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError) as error:
-      checkpoint.restore(manager, config, replicated(8))
+      checkpoint.restore(manager, config, mesh_of(8))
   assert str(saved[0]) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -130,7 +129,7 @@ def test_checkpoint_of_a_step_is_not_written_over(tmp_path):
     checkpoint.save(manager, random_state(1, seed=0), {})
     checkpoint.save(manager, random_state(1, seed=1), {})
     manager.wait_until_finished()
-    state = checkpoint.restore(manager, CONFIG, replicated(8))
+    state = checkpoint.restore(manager, CONFIG, mesh_of(8))
   tiny.assert_bit_equal(state, random_state(1, seed=0))
 
 
@@ -143,7 +142,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     checkpoint.save(manager, state, {"next_image": 8 * int(state.step)})
     overwrite(state.g_params)
     manager.wait_until_finished()
-    restored = checkpoint.restore(manager, CONFIG, replicated(8))
+    restored = checkpoint.restore(manager, CONFIG, mesh_of(8))
   tiny.assert_bit_equal(restored, random_state(1))
 
 

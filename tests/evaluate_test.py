@@ -124,11 +124,11 @@ def test_best_is_a_workdir_of_the_lowest_score(evaluated, tmp_path):
   best = min(records, key=lambda record: record["scores"]["fd_tiny1k"])
   config = config_lib.load(workdir / "best")
   assert config == config_lib.load(workdir)
-  sharding = partitioning.replicated(partitioning.create_mesh())
-  state = checkpoint.restore_latest(workdir / "best", config, sharding)
+  mesh = partitioning.create_mesh()
+  state = checkpoint.restore_latest(workdir / "best", config, mesh)
   assert int(state.step) == best["step"]
   with checkpoint.open_manager(workdir) as manager:
-    expected = checkpoint.restore(manager, config, sharding, best["step"])
+    expected = checkpoint.restore(manager, config, mesh, best["step"])
   tiny.assert_bit_equal(state, expected)
   sample.sample(workdir / "best", 1, 0, tmp_path / "samples")
 
@@ -173,7 +173,7 @@ def test_any_number_of_devices_gives_the_same_scores(
   evaluated, workdir, num_devices, monkeypatch
 ):
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
-  monkeypatch.setattr(partitioning, "create_mesh", lambda: mesh)
+  monkeypatch.setattr(partitioning, "create_mesh", lambda fsdp=1: mesh)
   evaluate_quietly(workdir, "8")
   expected = evaluate.read_records(evaluated[0])[1]["scores"]
   (record,) = evaluate.read_records(workdir)
@@ -218,10 +218,10 @@ def test_watching_scores_what_appears_until_the_end_of_the_run(
 def test_watching_passes_over_what_the_run_deleted(workdir, monkeypatch):
   restore = checkpoint.restore
 
-  def deleting(manager, config, sharding, step):
+  def deleting(manager, config, mesh, step):
     if step == 4:
       shutil.rmtree(workdir / "checkpoints" / "4")
-    return restore(manager, config, sharding, step)
+    return restore(manager, config, mesh, step)
 
   monkeypatch.setattr(checkpoint, "restore", deleting)
   output = evaluate_quietly(workdir, "watch")

@@ -4,17 +4,48 @@ import numpy as np
 import pytest
 
 from vitgan_jax import partitioning
+from vitgan_jax.config import ConfigError
 
 
-def test_mesh_spans_all_devices_along_one_axis():
-  mesh = partitioning.create_mesh()
-  assert mesh.axis_names == ("data",)
-  assert len(jax.devices()) == 8 and mesh.devices.tolist() == jax.devices()
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_mesh_spans_all_devices(fsdp):
+  mesh = partitioning.create_mesh(fsdp=fsdp)
+  assert mesh.axis_names == ("data", "fsdp")
+  assert mesh.devices.shape == (8 // fsdp, fsdp)
+  assert mesh.devices.flatten().tolist() == jax.devices()
+
+
+def test_state_is_shared_by_a_divisor_of_the_devices_only():
+  with pytest.raises(ConfigError, match=r"fsdp=3 must divide .* devices, 8"):
+    partitioning.create_mesh(fsdp=3)
+
+
+@pytest.mark.parametrize(
+  "shape, spec",
+  [
+    ((256, 1024), (None, "fsdp")),
+    ((1024, 256), ("fsdp",)),
+    ((3, 3, 128, 256), (None, None, None, "fsdp")),
+    ((1001, 256), (None, "fsdp")),  # four do not divide 1001
+    ((1001, 333), ()),
+    ((255, 257), ()),  # small
+    ((4, 2**14), (None, "fsdp")),  # just large enough
+    ((), ()),
+  ],
+)
+def test_large_arrays_are_split_along_their_largest_divisible_axis(shape, spec):
+  mesh = partitioning.create_mesh(fsdp=4)
+  x = jax.ShapeDtypeStruct(shape, np.float32)
+  assert partitioning.state_shardings(mesh, {"x": x})["x"].spec == (
+    PartitionSpec(*spec)
+  )
+  plain = partitioning.state_shardings(partitioning.create_mesh(), x)
+  assert plain.is_fully_replicated
 
 
 def test_mesh_spans_the_given_devices_only():
   devices = jax.devices()[2:4]
-  assert partitioning.create_mesh(devices).devices.tolist() == devices
+  assert partitioning.create_mesh(devices).devices.flatten().tolist() == devices
 
 
 def test_replicated_array_is_whole_on_every_device():
@@ -26,9 +57,9 @@ def test_replicated_array_is_whole_on_every_device():
     np.testing.assert_array_equal(shard.data, x)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_global_batch_splits_its_axis_over_the_devices_in_order(axis):
-  mesh = partitioning.create_mesh()
+@pytest.mark.parametrize("axis, fsdp", [(0, 1), (1, 1), (2, 1), (0, 4)])
+def test_global_batch_splits_its_axis_over_the_devices_in_order(axis, fsdp):
+  mesh = partitioning.create_mesh(fsdp=fsdp)
   x = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
   batch = partitioning.global_batch(mesh, x, axis=axis)
   np.testing.assert_array_equal(batch, x)
@@ -41,7 +72,7 @@ def test_global_batch_splits_its_axis_over_the_devices_in_order(axis):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_batch_sharding_names_only_the_batch_axis(axis):
   sharding = partitioning.batch_sharding(partitioning.create_mesh(), axis)
-  assert sharding.spec == PartitionSpec(*[None] * axis, "data")
+  assert sharding.spec == PartitionSpec(*[None] * axis, ("data", "fsdp"))
 
 
 def test_global_batch_keeps_the_type_of_the_images():

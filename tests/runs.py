@@ -34,7 +34,7 @@ def train_quietly(config, workdir, num_devices=8):
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
   with (
     contextlib.redirect_stdout(output),
-    mock.patch.object(partitioning, "create_mesh", lambda: mesh),
+    mock.patch.object(partitioning, "create_mesh", lambda fsdp=1: mesh),
     mock.patch.object(sample, "BATCH_SIZE", 16 // num_devices),
   ):
     state = train.train_and_evaluate(config, workdir)

@@ -17,9 +17,8 @@ from vitgan_jax.data import pipeline, prepare
 
 def restore(workdir, step):
   config = config_lib.load(workdir)
-  sharding = partitioning.replicated(partitioning.create_mesh())
   with checkpoint.create_manager(workdir) as manager:
-    return checkpoint.restore(manager, config, sharding, step)
+    return checkpoint.restore(manager, config, partitioning.create_mesh(), step)
 
 
 def saved_steps(workdir):
@@ -231,9 +230,9 @@ def test_second_signal_is_final(signum, capsys):
   before = signal.signal(signum, lambda *unused_args: caught.append(signum))
   try:
     with train._StopSignal() as stop:
-      assert not stop.requested
+      assert not stop.requested(2, 2)
       os.kill(os.getpid(), signum)
-      assert stop.requested and not caught
+      assert stop.requested(4, 2) and not caught
       os.kill(os.getpid(), signum)
       assert caught == [signum]
   finally:

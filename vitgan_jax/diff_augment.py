@@ -55,9 +55,7 @@ def draw(
       geometry_key, batch, size, probability, translation, scaling
     )
   if cutout:
-    draws["cutout"] = _draw_cutout(
-      cutout_key, batch, size, probability, cutout
-    )
+    draws["cutout"] = _draw_cutout(cutout_key, batch, size, probability, cutout)
   return draws
 
 

@@ -13,6 +13,12 @@ Score the last checkpoint; or each new one, beside a training run:
   python -m vitgan_jax.main --mode=evaluate --workdir=runs/faces \
     --checkpoint=watch --num_samples=50000
 
+On many hosts, the same command on each, with a workdir that all of them see:
+  python -m vitgan_jax.main --config=configs/celeba64.py \
+    --workdir=gs://bucket/run --distributed
+or, where they cannot find each other, on host I of N:
+    --coordinator_address=HOST0:1234 --num_processes=N --process_id=I
+
 Write samples of the last checkpoint as PNGs:
   python -m vitgan_jax.main --mode=sample --workdir=runs/digits --num_samples=64
 """
@@ -63,6 +69,23 @@ _INCEPTION_WEIGHTS = flags.DEFINE_string(
   "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
   "which it is downloaded.",
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Whether this is one of many processes, started by Cloud TPU, GKE, Slurm or "
+  "MPI, from which each finds the others.",
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of the first of many processes that are started by hand.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many they are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0."
+)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "New folder for them; default <workdir>/samples_seed<seed>."
 )
@@ -71,13 +94,22 @@ _OUTPUT = flags.DEFINE_string(
 def main(arguments):
   """Dispatches to the mode's function."""
   cli.no_arguments(arguments)
+  if _MODE.value == "train" and _CONFIG.value is None:
+    raise ConfigError("--config=configs/<name>.py is required; see --help")
+  # Late: --help and a wrong flag need not wait for JAX.
+  from vitgan_jax import processes
+
+  processes.initialize(
+    _DISTRIBUTED.value,
+    _COORDINATOR_ADDRESS.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    preemptible=_MODE.value == "train",
+  )
   {"train": _train, "evaluate": _evaluate, "sample": _sample}[_MODE.value]()
 
 
 def _train():
-  if _CONFIG.value is None:
-    raise ConfigError("--config=configs/<name>.py is required; see --help")
-  # Late: --help and a wrong flag need not wait for JAX.
   from vitgan_jax import train
 
   train.train_and_evaluate(_CONFIG.value, _workdir())

@@ -2,14 +2,13 @@
 
 import datetime
 import json
-import pathlib
-import shutil
 import time
 
+from etils import epath
 import jax
 import numpy as np
 
-from vitgan_jax import pictures
+from vitgan_jax import pictures, processes
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 
@@ -42,7 +41,7 @@ class Progress:
         f"ETA {datetime.timedelta(seconds=seconds)}"
       )
     line += "".join(f"  {k} {v:.3f}" for k, v in sorted(metrics.items()))
-    if jax.process_index() == 0:
+    if processes.is_first():
       print(line, flush=True)
     return result
 
@@ -52,9 +51,9 @@ class MetricWriter:
 
   def __init__(self, workdir):
     """Opens the files; all but the first process write nothing."""
-    self._workdir = pathlib.Path(workdir)
+    self._workdir = epath.Path(workdir)
     self._writer = None
-    if jax.process_index() == 0:
+    if processes.is_first():
       # Late: it imports TensorFlow.
       from clu import metric_writers
 
@@ -66,7 +65,7 @@ class MetricWriter:
     """Writes a dict of scalars and a dict of images, uint8 [1, H, W, 3]."""
     if self._writer:
       self._writer.write_scalars(step, scalars)
-      with open(self._workdir / "metrics.jsonl", "a") as file:
+      with (self._workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **scalars}) + "\n")
       if images:
         self._writer.write_images(step, images)
@@ -93,9 +92,10 @@ class SampleWriter:
       images: uint8 [num_images, S, S, 3], of which the first are looked at.
       writer: a MetricWriter.
     """
-    self.latest = pathlib.Path(workdir) / "grid.png"
-    self._folder = pathlib.Path(workdir) / "samples"
-    self._folder.mkdir(exist_ok=True)
+    self.latest = epath.Path(workdir) / "grid.png"
+    self._folder = epath.Path(workdir) / "samples"
+    if processes.is_first():
+      self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(config, mesh)
     self._diagnostics = make_diagnostics(config)
@@ -113,10 +113,10 @@ class SampleWriter:
     )
     grid = pictures.image_grid(np.concatenate(list(batches)))
     scalars = self._diagnostics(state, self._real_images, self._latents)
-    if jax.process_index() == 0:
+    if processes.is_first():
       path = self._folder / f"{step:08d}.png"
       pictures.write_png(path, grid, min_side=512)
-      shutil.copyfile(path, self.latest)
+      path.copy(self.latest, overwrite=True)
     self._writer.write(
       step,
       {key: float(value) for key, value in scalars.items()},

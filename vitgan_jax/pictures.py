@@ -26,7 +26,14 @@ def image_grid(images, columns=None):
 
 
 def write_png(path, image, min_side=0):
-  """Writes a uint8 image [H, W, 3]; enlarges it by whole pixels to min_side."""
+  """Writes a uint8 image [H, W, 3] as a PNG.
+
+  Args:
+    path: pathlib.Path or epath.Path.
+    image: what to write.
+    min_side: it is enlarged by whole pixels to at least this many.
+  """
   factor = max(1, -(-min_side // min(image.shape[:2])))
   image = image.repeat(factor, axis=0).repeat(factor, axis=1)
-  Image.fromarray(image).save(path)
+  with path.open("wb") as file:
+    Image.fromarray(image).save(file, format="PNG")

@@ -3,14 +3,13 @@
 Samples always come from the moving average of the generator.
 """
 
-import pathlib
-
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning, pictures
+from vitgan_jax import checkpoint, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.train_state import build_models
 
@@ -109,25 +108,31 @@ def sample(workdir, num_samples, seed, output):
     ConfigError: if a number is out of range, there is no checkpoint, or the
       output folder is not empty.
   """
-  output = pathlib.Path(output)
+  output = epath.Path(output)
   if num_samples < 1:
     raise config_lib.ConfigError(
       f"--num_samples={num_samples} must be at least 1"
     )
   check_seed(seed)
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise config_lib.ConfigError(
-      f"--output={output} is there and not empty; choose a new folder"
-    )
-  config = config_lib.load(workdir)
+  with processes.together():
+    if processes.is_first() and output.exists():
+      if not output.is_dir() or any(output.iterdir()):
+        raise config_lib.ConfigError(
+          f"--output={output} is there and not empty; choose a new folder"
+        )
+    config = config_lib.load(workdir)
   mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(
-    workdir, config, partitioning.replicated(mesh)
-  )
-  output.mkdir(parents=True, exist_ok=True)
+  state = checkpoint.restore_latest(workdir, config, mesh)
+  if processes.is_first():
+    output.mkdir(parents=True, exist_ok=True)
   sampler = make_sampler(config, mesh)
   batches = sample_images(sampler, state.g_ema_params, seed, num_samples)
   first = []
+  # All processes take part in drawing; one writes.
+  if not processes.is_first():
+    for _ in batches:
+      pass
+    return
   with tqdm(total=num_samples, desc="Sampling", unit=" images") as progress:
     for batch in batches:
       for image in batch:

@@ -1,19 +1,20 @@
 """The training loop: reads batches, runs steps, and keeps what they made."""
 
 import contextlib
+import os
 import signal
 
 from clu import parameter_overview
 import jax
 import numpy as np
 
-from vitgan_jax import checkpoint, partitioning
+from vitgan_jax import checkpoint, partitioning, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import evaluate, features
 from vitgan_jax.monitor import MetricWriter, Progress, SampleWriter
-from vitgan_jax.train_state import create_train_state
+from vitgan_jax.train_state import init_train_state
 
 
 class TrainingDivergedError(config_lib.ConfigError):
@@ -24,7 +25,8 @@ def train_and_evaluate(config, workdir):
   """Trains a model, or goes on from the last checkpoint in the workdir.
 
   Writes into the workdir: config.json, checkpoints/, samples/*.png, a line of
-  scalars a log in metrics.jsonl, and TensorBoard events.
+  scalars a log in metrics.jsonl, and TensorBoard events. With many processes
+  the workdir is one that all of them see.
 
   Args:
     config: of `configs/`.
@@ -38,20 +40,22 @@ def train_and_evaluate(config, workdir):
     TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
   """
   config_lib.validate(config)
-  mesh = partitioning.create_mesh()
-  if config.batch_size % mesh.size:
+  mesh = partitioning.create_mesh(fsdp=config.fsdp)
+  if config.batch_size % (mesh.size * config.accumulation):
+    times = f" times config.accumulation={config.accumulation}"
     raise config_lib.ConfigError(
       f"config.batch_size={config.batch_size} must be a multiple of the "
-      f"{mesh.size} devices"
+      f"{mesh.size} devices{times if config.accumulation > 1 else ''}"
     )
-  images = pipeline.load_images(config.data)
+  with processes.together():  # each host prepares its own copy
+    images = pipeline.load_images(config.data)
   if len(images) < config.batch_size:
     raise config_lib.ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size}: give more images or a smaller batch"
     )
-  config_lib.claim_workdir(config, workdir)
+  _claim_workdir(config, workdir)
   batches = pipeline.ShuffledBatches(
     images,
     config.batch_size,
@@ -59,24 +63,20 @@ def train_and_evaluate(config, workdir):
     jax.process_index(),
     jax.process_count(),
   )
-  is_first_process = jax.process_index() == 0
-  replicated = partitioning.replicated(mesh)
+  is_first_process = processes.is_first()
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_StopSignal())
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
     if manager.latest_step() is None:
-      init = jax.jit(
-        lambda: create_train_state(config), out_shardings=replicated
-      )
-      state = init()
+      state = init_train_state(config, mesh)
       first_step = 0
     else:
       first_step = batches.step(
         checkpoint.restore_data_state(manager, manager.latest_step())
       )
-      state = checkpoint.restore(manager, config, replicated)
+      state = checkpoint.restore(manager, config, mesh)
     if is_first_process:
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
@@ -98,8 +98,9 @@ def train_and_evaluate(config, workdir):
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call
       pending = (step, metrics)
-      stopping = stop.requested  # read once: a signal may come at any time
-      if stopping:
+      # Asked once: a signal may come at any time.
+      stopping = stop.requested(step, config.steps_per_call)
+      if stopping and is_first_process:
         print("Stopping: saving first", flush=True)
       last = step >= total_steps or stopping
       if last or _passes(config, step, config.sample_every_kimg):
@@ -124,14 +125,32 @@ def train_and_evaluate(config, workdir):
   return state
 
 
+def _claim_workdir(config, workdir):
+  """Has the first process claim the workdir.
+
+  Raises:
+    ConfigError: in all processes, if it cannot, or if one does not see it.
+  """
+  with processes.together():
+    if processes.is_first():
+      config_lib.claim_workdir(config, workdir)
+  with processes.together():
+    if config_lib.load(workdir) != config:
+      raise config_lib.ConfigError(
+        f"--workdir={workdir} must be one folder that all processes see"
+      )
+
+
 def _make_evaluator(config, images, mesh):
   if not config.evaluation.every_kimg:
     return None
+  with processes.together():
+    network = features.load_network(config.evaluation.features)
   return evaluate.Evaluator(
     config,
     images,
     mesh,
-    features.load_network(config.evaluation.features),
+    network,
     config.evaluation.num_samples,
     seed=0,
   )
@@ -141,7 +160,7 @@ def _evaluate(evaluator, config, workdir, state, data_state, writer):
   fake, _ = evaluator.features_of(state.g_ema_params)
   record = evaluator.score(config, state, fake)
   is_best = evaluate.keep(workdir, record, config, state, data_state)
-  if jax.process_index() == 0:
+  if processes.is_first():
     evaluate.report(record, is_best)
     writer.write(record["step"], record["scores"])
 
@@ -191,25 +210,39 @@ def _print_overview(config, workdir, state, images, mesh, first_step):
   print(
     f"{begin}: {len(images):,} images of {config.data.dataset} at "
     f"{config.data.image_size} px, batch {config.batch_size} on {mesh.size} "
-    f"{jax.devices()[0].platform} device(s), workdir {workdir}",
+    f"{jax.devices()[0].platform} device(s) of {jax.process_count()} "
+    f"process(es), workdir {workdir}",
     flush=True,
   )
 
 
 class _StopSignal:
-  """Turns the first SIGINT or SIGTERM into a request to save and stop."""
+  """Turns the first SIGINT or SIGTERM into a request to save and stop.
+
+  Where processes run together, SIGTERM to any of them is a request to all: JAX
+  catches it, and passes it on.
+  """
 
   def __init__(self):
-    self.requested = False
+    self._requested = False
+    self._together = jax.distributed.is_initialized()
+
+  def requested(self, step, steps_per_call):
+    """Returns whether to stop; see `processes.stop_requested`."""
+    if self._together:
+      return processes.stop_requested(step, steps_per_call)
+    return self._requested
 
   def _request(self, signum, unused_frame):
-    self.requested = True
+    self._requested = True
     signal.signal(signum, self._before[signum])  # the second one is final
+    if self._together:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def __enter__(self):
+    caught = [signal.SIGINT] + [signal.SIGTERM] * (not self._together)
     self._before = {
-      signum: signal.signal(signum, self._request)
-      for signum in (signal.SIGINT, signal.SIGTERM)
+      signum: signal.signal(signum, self._request) for signum in caught
     }
     return self
 

@@ -5,9 +5,9 @@ python -m vitgan_jax.visualize --workdir=runs/digits
 
 import collections
 import json
-import pathlib
 
 from absl import flags
+from etils import epath
 import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
@@ -36,7 +36,7 @@ def draw_curves(workdir):
   Raises:
     ConfigError: if the folder is not a workdir.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   batch_size = config_lib.load(workdir).batch_size
   curves = collections.defaultdict(dict)
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
@@ -57,7 +57,8 @@ def draw_curves(workdir):
     axis.grid(alpha=0.3)
   figure.tight_layout()
   path = workdir / "curves.png"
-  figure.savefig(path, dpi=80)
+  with path.open("wb") as file:
+    figure.savefig(file, dpi=80)
   plt.close(figure)
   return path
 

@@ -8,9 +8,9 @@ samples of the averaged generator.
 """
 
 import json
-import pathlib
 
 from absl import flags
+from etils import epath
 import ml_collections
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -81,9 +81,7 @@ def evaluate(workdir):
   classifier = fit_classifier(*labelled("train"))
   real_images, real_labels = labelled("test")
   mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(
-    workdir, config, partitioning.replicated(mesh)
-  )
+  state = checkpoint.restore_latest(workdir, config, mesh)
   sampler = sample.make_sampler(config, mesh)
   batches = sample.sample_images(sampler, state.g_ema_params, SEED, NUM_SAMPLES)
   counts, per_class, confidence = judge(
@@ -123,7 +121,7 @@ def table(scores):
 def main(arguments):
   """Prints the table and writes `digits.json` into the workdir."""
   cli.no_arguments(arguments)
-  workdir = pathlib.Path(flags.FLAGS.workdir)
+  workdir = epath.Path(flags.FLAGS.workdir)
   scores = evaluate(workdir)
   path = workdir / "digits.json"
   path.write_text(json.dumps(scores, indent=2) + "\n")

@@ -1,15 +1,19 @@
 """Scores the checkpoints of a run, and keeps the best."""
 
 import json
-import pathlib
 import time
 
-import jax
-from jax.experimental import multihost_utils
+from etils import epath
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning, pictures, sample
+from vitgan_jax import (
+  checkpoint,
+  partitioning,
+  pictures,
+  processes,
+  sample,
+)
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.metrics import features, neighbours, reference, scores
@@ -61,7 +65,7 @@ class Evaluator:
       total=self._num_samples,
       desc="Features of samples",
       unit=" images",
-      disable=jax.process_index() != 0,
+      disable=not processes.is_first(),
       leave=False,
     ) as progress:
       while progress.n < self._num_samples:
@@ -86,8 +90,12 @@ class Evaluator:
     Returns:
       A dict for JSON, in the first process; None in others.
     """
-    if jax.process_index() != 0:
-      return None
+    with processes.together():
+      if processes.is_first():
+        return self._score(config, state, fake, long)
+    return None
+
+  def _score(self, config, state, fake, long):
     step = int(state.step)
     record = {
       "step": step,
@@ -131,7 +139,7 @@ class Evaluator:
 
 def read_records(workdir):
   """Returns the records in scores.jsonl of a workdir, oldest first."""
-  path = pathlib.Path(workdir) / "scores.jsonl"
+  path = epath.Path(workdir) / "scores.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
   return [json.loads(line) for line in lines]
 
@@ -152,18 +160,19 @@ def keep(workdir, record, config, state, data_state):
   Returns:
     Whether it is the best.
   """
-  best = pathlib.Path(workdir) / "best"
+  best = epath.Path(workdir) / "best"
   is_best = False
-  if jax.process_index() == 0:
-    first = next(iter(record["scores"]))
-    is_best = all(
-      record["scores"][first] < other["scores"][first]
-      for other in read_records(workdir)
-      if other["protocol"] == record["protocol"]
-    )
-    if is_best:
-      config_lib.claim_workdir(config, best)
-  is_best = _as_first_process(is_best)
+  with processes.together():
+    if processes.is_first():
+      first = next(iter(record["scores"]))
+      is_best = all(
+        record["scores"][first] < other["scores"][first]
+        for other in read_records(workdir)
+        if other["protocol"] == record["protocol"]
+      )
+      if is_best:
+        config_lib.claim_workdir(config, best)
+  is_best = processes.as_first(is_best)
   if is_best:
     with checkpoint.create_manager(best) as manager:
       checkpoint.save(manager, state, data_state)
@@ -171,16 +180,11 @@ def keep(workdir, record, config, state, data_state):
       for step in manager.all_steps():
         if step != record["step"]:
           manager.delete(step)
-  if jax.process_index() == 0:
+  if processes.is_first():
     # Last: what is recorded is not scored, nor kept, again.
-    with open(pathlib.Path(workdir) / "scores.jsonl", "a") as file:
+    with (epath.Path(workdir) / "scores.jsonl").open("a") as file:
       file.write(json.dumps(record) + "\n")
   return is_best
-
-
-def _as_first_process(decision):
-  """Returns what the first process says: the others may have other disks."""
-  return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 
 
 def evaluate(
@@ -228,16 +232,15 @@ def evaluate(
       f"--num_samples={num_samples} must be at least 1"
     )
   network = network or config.evaluation.features
-  network = features.load_network(network, inception_weights)
+  with processes.together():
+    network = features.load_network(network, inception_weights)
   mesh = partitioning.create_mesh()
   evaluator = None
   interpolate = sample.make_interpolator(config, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
       try:
-        state = checkpoint.restore(
-          manager, config, partitioning.replicated(mesh), step
-        )
+        state = checkpoint.restore(manager, config, mesh, step)
         data_state = checkpoint.restore_data_state(manager, step)
       except (OSError, config_lib.ConfigError):
         if which != "watch" or step in manager.all_steps(read=True):
@@ -245,14 +248,15 @@ def evaluate(
         print(f"Step {step} was deleted before it was scored", flush=True)
         continue
       if evaluator is None:  # late: there may be no checkpoint
-        images = pipeline.load_images(config.data)
+        with processes.together():
+          images = pipeline.load_images(config.data)
         evaluator = Evaluator(config, images, mesh, network, num_samples, seed)
       done = [
         record
         for record in read_records(workdir)
         if record["step"] == step and record["protocol"] == evaluator.protocol
       ]
-      if _as_first_process(bool(done)):
+      if processes.as_first(bool(done)):
         if done:
           report(done[-1], is_best=False)  # of an earlier evaluation
         continue
@@ -261,7 +265,7 @@ def evaluate(
       between = interpolate(state.g_ema_params, seed)
       record = evaluator.score(config, state, fake, long=True)
       is_best = keep(workdir, record, config, state, data_state)
-      if jax.process_index() == 0:
+      if processes.is_first():
         report(record, is_best)
         neighbours_of = evaluator.with_neighbours(first, fake)
         _draw(workdir, step, "neighbours", neighbours_of)
@@ -307,7 +311,7 @@ def report(record, is_best):
 
 def _draw(workdir, step, name, rows):
   """Writes images [R, C, S, S, 3] as a picture."""
-  folder = pathlib.Path(workdir) / "evaluation"
+  folder = epath.Path(workdir) / "evaluation"
   folder.mkdir(exist_ok=True)
   images = rows.reshape(-1, *rows.shape[2:])
   grid = pictures.image_grid(images, columns=rows.shape[1])
@@ -319,9 +323,7 @@ def _write_scalars(workdir, record):
   # writing into the other.
   from clu import metric_writers
 
-  writer = metric_writers.SummaryWriter(
-    str(pathlib.Path(workdir) / "evaluation")
-  )
+  writer = metric_writers.SummaryWriter(str(epath.Path(workdir) / "evaluation"))
   writer.write_scalars(record["step"], record["scores"])
   writer.flush()
   writer.close()

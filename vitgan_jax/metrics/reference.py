@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
 from tqdm import tqdm
 
+from vitgan_jax import processes
 from vitgan_jax.metrics import features as features_lib
 from vitgan_jax.metrics import statistics
 
@@ -45,8 +44,8 @@ def load(extractor, images, count):
   )
   path = images.path.parent / "references" / name
   # The first process decides for all, which may have other disks.
-  known = bool(multihost_utils.broadcast_one_to_all(np.int32(path.exists())))
-  is_first = jax.process_index() == 0
+  known = processes.as_first(path.exists())
+  is_first = processes.is_first()
   if known:
     return _read(path) if is_first else None
   result = compute(extractor, images, count)
@@ -74,7 +73,7 @@ def compute(extractor, images, count):
       total=len(images),
       desc="Features of the real images",
       unit=" images",
-      disable=jax.process_index() != 0,
+      disable=not processes.is_first(),
     ) as progress:
       for batch in features_lib.of_images(extractor, images, len(images)):
         if num_kept < count:
