@@ -68,14 +68,16 @@ class Evaluator:
       disable=not processes.is_first(),
       leave=False,
     ) as progress:
-      while progress.n < self._num_samples:
-        images = self._sampler(g_params, self._seed, progress.n)
+      start = 0  # not progress.n: a bar that is not shown does not count
+      while start < self._num_samples:
+        images = self._sampler(g_params, self._seed, start)
         if first is None:
           first = np.asarray(images[:_NUM_ROWS])
         batch = self._extractor(images)
-        left = self._num_samples - progress.n
+        left = self._num_samples - start
         batches.append(features.Features(*(x[:left] for x in batch)))
         progress.update(len(batches[-1].features))
+        start += len(images)
     return features.concatenate(batches), first[: self._num_samples]
 
   def score(self, config, state, fake, long=False):
