@@ -1,6 +1,9 @@
 """Many processes that train or evaluate together, one on each host."""
 
 import contextlib
+import os
+import sys
+import threading
 
 import jax
 from jax.experimental import multihost_utils
@@ -30,6 +33,7 @@ def initialize(
 
   Raises:
     ConfigError: if the flags do not go together, or no processes are found.
+      Where they do not answer, the process ends with one line.
   """
   flags = {
     "--coordinator_address": coordinator_address,
@@ -65,21 +69,36 @@ def initialize(
       cluster_detection_method="deactivate",
     )
   jax.config.update("jax_enable_preemption_service", preemptible)
+  # JAX aborts the process when its time is up, with a dump of all threads.
+  alarm = threading.Timer(_CONNECT_SECONDS, _give_up)
+  alarm.daemon = True
+  alarm.start()
   try:
     jax.distributed.initialize(
-      initialization_timeout=_CONNECT_SECONDS, **flags_of_jax
+      initialization_timeout=2 * _CONNECT_SECONDS, **flags_of_jax
     )
   except ValueError as error:
     raise ConfigError(
       "--distributed found no cluster (Cloud TPU, GKE, Slurm, MPI) around this "
       "process: give --coordinator_address, --num_processes and --process_id"
     ) from error
-  except RuntimeError as error:
-    reason = str(error).splitlines()[0]
+  except RuntimeError as error:  # the port is taken, for one
     raise ConfigError(
-      f"cannot reach the other processes: {reason}. Start all of them, with "
-      "the address of the first as --coordinator_address"
+      f"cannot join the other processes: {str(error).splitlines()[0]}"
     ) from error
+  finally:
+    alarm.cancel()
+
+
+def _give_up():
+  print(
+    f"error: the processes did not find each other in {_CONNECT_SECONDS} s: "
+    "start all of them within that time, with the first one's address as "
+    "--coordinator_address, on a port that the network lets through",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def is_first():
