@@ -61,6 +61,23 @@ def test_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, num_devices):
     assert leaf.sharding.device_set == set(mesh.devices.flat), name
 
 
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_shared_state_comes_back_on_a_mesh_that_shares_it_otherwise(
+  tmp_path, fsdp, monkeypatch
+):
+  monkeypatch.setattr(partitioning, "MIN_SHARDED_SIZE", 64)
+  mesh = mesh_of(8, fsdp=4)
+  state = random_state(3)
+  state = jax.device_put(state, partitioning.state_shardings(mesh, state))
+  with checkpoint.create_manager(tmp_path) as manager:
+    checkpoint.save(manager, state, {})
+    manager.wait_until_finished()
+    restored = checkpoint.restore(manager, CONFIG, mesh_of(8, fsdp))
+  tiny.assert_bit_equal(restored, state)
+  kernel = restored.d_params["block0"]["mlp_in"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+
+
 def test_state_holds_all_that_a_run_needs(saved):
   names = tiny.leaves_by_name(saved[1][7]).keys()
   for part in (

@@ -40,6 +40,10 @@ def test_another_choice_is_an_error_that_names_the_field(field):
     ("total_kimg", math.nan),
     ("total_kimg", math.inf),
     ("steps_per_call", 0),
+    ("accumulation", 0),
+    ("accumulation", 3),  # of a batch of 8
+    ("fsdp", 0),
+    ("fsdp", -1),
     ("seed", -1),
     ("data.image_size", 0),
     ("generator.width", 0),
@@ -161,7 +165,14 @@ def test_same_config_may_claim_its_workdir_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "field, value", [("total_kimg", 1.0), ("data.data_dir", "elsewhere")]
+  "field, value",
+  [
+    ("total_kimg", 1.0),
+    ("data.data_dir", "elsewhere"),
+    ("accumulation", 2),
+    ("remat", True),
+    ("fsdp", 2),
+  ],
 )
 def test_run_may_be_prolonged_and_its_data_moved(tmp_path, field, value):
   config_lib.claim_workdir(tiny.tiny_config(), tmp_path)

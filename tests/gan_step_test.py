@@ -520,6 +520,98 @@ def test_many_devices_compute_what_one_does(num_devices, state, batches):
   assert_close_but_for_order(many, one)
 
 
+def assert_same_step(actual, expected):
+  """Compares (state, metrics) after one step, summed in another order."""
+  for key, value in expected[1].items():
+    np.testing.assert_allclose(
+      actual[1][key], value, rtol=1e-5, atol=2e-6, err_msg=key
+    )
+  assert_close_but_for_order(actual[0], expected[0])
+  for key in ("d_spectral", "logit_ema"):
+    new, old = (
+      tiny.leaves_by_name(tiny.to_host(getattr(after, key)))
+      for after, _ in (actual, expected)
+    )
+    for name, leaf in old.items():
+      np.testing.assert_allclose(new[name], leaf, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "name, num_parts, num_devices",
+  [("default", 4, 2), ("penalties", 2, 1), ("rpgan", 2, 1)],
+)
+def test_step_in_micro_batches_is_that_of_the_whole_batch(
+  name, num_parts, num_devices, state, images
+):
+  config = tiny.tiny_config(CONFIGS[name], accumulation=num_parts)
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  step = jax.jit(gan_step.make_train_step(config, mesh))
+  args = jax.device_put((state, images, KEY), partitioning.replicated(mesh))
+  assert_same_step(step(*args), train_step(name)(state, images, KEY))
+
+
+def test_micro_batches_stay_on_their_devices():
+  mesh = partitioning.create_mesh(jax.devices()[:4])
+  x = partitioning.global_batch(mesh, np.arange(32.0))
+  part = jax.jit(
+    lambda x: gan_step._gradient(
+      4, mesh, lambda p, x: (p * x.sum(), ({}, x)), 1.0, x
+    )
+  )
+  compiled = part.lower(x).compile()
+  assert "all-reduce" in compiled.as_text()  # of the gradient
+  for operation in ("all-gather", "all-to-all", "collective-permute"):
+    assert operation not in compiled.as_text()
+  gradient, (_, last) = part(x)
+  assert gradient == 32 * 31 / 2 / 4
+  np.testing.assert_array_equal(last, np.arange(3, 32, 4))
+
+
+def test_rematerialised_step_is_the_same(state, images):
+  assert_same_step(
+    _remat_step()(state, images, KEY), train_step("default")(state, images, KEY)
+  )
+
+
+def _remat_step():
+  config = tiny.tiny_config(CONFIGS["default"], remat=True)
+  mesh = partitioning.create_mesh(jax.devices()[:1])
+  step = gan_step.make_train_step(config, mesh)
+  replicated = partitioning.replicated(mesh)
+  return lambda *args: jax.jit(step)(*jax.device_put(args, replicated))
+
+
+def test_state_that_devices_share_is_trained_as_one_that_each_has(
+  batches, monkeypatch
+):
+  monkeypatch.setattr(partitioning, "MIN_SHARDED_SIZE", 64)
+  config = config_of("default")
+  mesh = partitioning.create_mesh(fsdp=4)
+  state = train_state.init_train_state(config, mesh)
+  one_device = partitioning.create_mesh(jax.devices()[:1])
+  plain = train_state.init_train_state(config, one_device)
+  # u and sigma_init are computed, in another order of sums.
+  for network in ("g_params", "d_params"):
+    tiny.assert_bit_equal(getattr(state, network), getattr(plain, network))
+  old = {k: x.sharding for k, x in tiny.leaves_by_name(state).items()}
+  train_steps_shared = gan_step.make_train_steps(config, mesh)
+  after, metrics = train_steps_shared(
+    state, partitioning.global_batch(mesh, batches[0], axis=1)
+  )
+  shared = tiny.leaves_by_name(after)
+  for name in ("g_params", "g_ema_params", "g_opt_state/0/nu", "d_params"):
+    block = name + "/block0/mlp_in/kernel"
+    kernel = shared[block]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert kernel.sharding.is_equivalent_to(old[block], kernel.ndim)
+  expected = train_steps(1)(plain, batches[0])
+  for key, value in expected[1][0].items():
+    np.testing.assert_allclose(
+      metrics[key], value, rtol=1e-5, atol=2e-6, err_msg=key
+    )
+  assert_close_but_for_order(after, expected[0])
+
+
 def assert_close_but_for_order(actual, expected):
   """Compares gradients and parameters after sums in another order.
 

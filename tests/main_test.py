@@ -50,6 +50,22 @@ BAD_INPUT = {
     [DIGITS, "--workdir=run/config.json"],
     ["run/config.json"],
   ),
+  "many processes of no cluster": (
+    ["--mode=sample", "--workdir=run", "--distributed"],
+    ["--distributed found no cluster", "--coordinator_address"],
+  ),
+  "a process without a number": (
+    ["--mode=sample", "--workdir=run", "--coordinator_address=localhost:1"],
+    ["--num_processes", "--process_id", "all together"],
+  ),
+  "state that the devices cannot share": (
+    [DIGITS, "--config.fsdp=3"],
+    ["config.fsdp=3", "devices, 8"],
+  ),
+  "micro-batches that the devices do not divide": (
+    [DIGITS, "--config.accumulation=2"],
+    ["config.batch_size=8", "8 devices times config.accumulation=2"],
+  ),
   "samples without a workdir": (["--mode=sample"], ["--workdir"]),
   "samples of no run": (
     ["--mode=sample", "--workdir=elsewhere"],

@@ -41,11 +41,11 @@ def train_quietly(config, workdir, num_devices=8):
   return Run(pathlib.Path(workdir), config, state, output.getvalue())
 
 
-def start_main(*arguments, cwd, **variables):
+def start_main(*arguments, cwd, program=("-m", "vitgan_jax.main"), **variables):
   """Starts the command line on eight devices; returns the Popen."""
   path = os.pathsep.join([*variables.pop("path", ()), str(ROOT)])
   return subprocess.Popen(
-    [sys.executable, "-m", "vitgan_jax.main", *arguments],
+    [sys.executable, *program, *arguments],
     cwd=cwd,
     env={
       **os.environ,
@@ -68,6 +68,35 @@ def run_main(*arguments, cwd, **variables):
       process.kill()
       raise
   return process.returncode, output, errors
+
+
+def start_processes(count, *arguments, **kwargs):
+  """Starts the command line as many processes of two devices each."""
+  with free_port() as port:
+    flags = [
+      f"--coordinator_address=localhost:{port}",
+      f"--num_processes={count}",
+    ]
+    return [
+      start_main(
+        *arguments,
+        *flags,
+        f"--process_id={i}",
+        JAX_NUM_CPU_DEVICES="2",
+        **kwargs,
+      )
+      for i in range(count)
+    ]
+
+
+def wait_for(processes):
+  """Waits for processes to end; returns [(exit code, stdout, stderr), ...]."""
+  try:
+    results = [process.communicate(timeout=300) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(p.returncode, *result) for p, result in zip(processes, results)]
 
 
 def snapshot(folder):
