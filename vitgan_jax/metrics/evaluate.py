@@ -154,7 +154,7 @@ def keep(workdir, record, config, state, data_state):
 
   Args:
     workdir: of the run.
-    record: of `Evaluator.score`.
+    record: of `Evaluator.score`; None in processes but the first.
     config: of the run.
     state: GANState that was scored.
     data_state: what belongs to it; see `checkpoint.save`.
@@ -180,7 +180,7 @@ def keep(workdir, record, config, state, data_state):
       checkpoint.save(manager, state, data_state)
       manager.wait_until_finished()
       for step in manager.all_steps():
-        if step != record["step"]:
+        if step != int(state.step):
           manager.delete(step)
   if processes.is_first():
     # Last: what is recorded is not scored, nor kept, again.
