@@ -23,7 +23,8 @@ def make_train_step(config, mesh):
 
   `real_images` are uint8 [B, S, S, 3]; the metrics are float32 scalars.
   """
-  generator, discriminator = train_state_lib.build_models(config)
+  generator, discriminator = train_state_lib.build_models(config, mesh)
+  _, twice_differentiable = train_state_lib.build_models(config)
   g_optimizer, d_optimizer = train_state_lib.build_optimisers(config)
   d_adversarial, g_adversarial = losses.ADVERSARIAL_LOSSES[
     config.loss.adversarial
@@ -96,7 +97,7 @@ def make_train_step(config, mesh):
       ):
         if gamma:
           discriminate = functools.partial(
-            discriminator.apply, {**variables, "spectral": spectral}
+            twice_differentiable.apply, {**variables, "spectral": spectral}
           )
           every = config.loss.gradient_penalty_every
           # Taken every few steps, and then times as many, it is as strong.

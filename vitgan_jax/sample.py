@@ -22,7 +22,7 @@ def make_sampler(config, mesh):
   Sample i of a seed is the same image whatever batch it is drawn in. A batch
   is uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
   """
-  generator, _ = build_models(config)
+  generator, _ = build_models(config, mesh)
   batch_size = BATCH_SIZE * mesh.size
 
   def sampler(g_params, seed, start):

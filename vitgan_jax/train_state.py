@@ -39,11 +39,21 @@ class GANState:
   logit_ema: Any
 
 
-def build_models(config):
-  """Returns (generator, discriminator), as the config describes them."""
+def build_models(config, mesh=None):
+  """Returns (generator, discriminator), as the config describes them.
+
+  Args:
+    config: of `configs/`.
+    mesh: the devices that share a batch. If they are TPU cores, attention is
+      that of `fused_attention`, which has no second derivative and shows no
+      attention weights; None is the plain form.
+  """
+  if mesh is not None and mesh.devices.flat[0].platform != "tpu":
+    mesh = None
   common = dict(
     image_size=config.data.image_size,
     remat=config.remat,
+    mesh=mesh,
     dtype=jnp.dtype(config.dtype),
   )
   return (

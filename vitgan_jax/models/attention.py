@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitgan_jax.models import fused_attention
 from vitgan_jax.models.layers import Dense, TokenConv
 
 
@@ -55,6 +56,9 @@ class MultiHeadAttention(nn.Module):
     conv: whether query, key and value are 3x3 convolutions over the tokens.
     qk_gain: gain of the query and key projections at init.
     spectral_norm: "isn", "sn" or "none".
+    num_patches: if not 0, `fused_attention` attends; so many tokens are
+      patches, and if there are others, they are packed as it says.
+    mesh: the devices of the kernel.
     dtype: of the computation; logits and softmax are float32.
   """
 
@@ -63,17 +67,21 @@ class MultiHeadAttention(nn.Module):
   conv: bool
   qk_gain: float = 1.0
   spectral_norm: str = "none"
+  num_patches: int = 0
+  mesh: Any = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    """Maps [B, N, D] to [B, N, D]."""
+    """Maps [B, N, D] to [B, N, D], or packed tokens to packed tokens."""
     batch, num_tokens, width = x.shape
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
 
     def project(name, gain=1.0, use_bias=True):
       layer = TokenConv if self.conv else Dense
       y = layer(width, use_bias, gain=gain, name=name, **common)(x)
+      if self.num_patches:
+        return y
       # Heads become part of the batch: [B * H, N, d].
       y = y.reshape(batch, num_tokens, self.num_heads, -1)
       return y.swapaxes(1, 2).reshape(batch * self.num_heads, num_tokens, -1)
@@ -86,6 +94,17 @@ class MultiHeadAttention(nn.Module):
       queries = project("query", self.qk_gain)
       keys = project("key", self.qk_gain, use_bias=False)
     values = project("value")
+    if self.num_patches:
+      y = fused_attention.attend(
+        queries,
+        keys,
+        values,
+        num_patches=self.num_patches,
+        num_heads=self.num_heads,
+        kind=self.kind,
+        mesh=self.mesh,
+      )
+      return Dense(width, name="out", **common)(y)
     weights = attention_weights(queries, keys, self.kind)
     self.sow("intermediates", "attention_entropy", relative_entropy(weights))
     y = jnp.einsum("bnm,bmd->bnd", weights.astype(self.dtype), values)

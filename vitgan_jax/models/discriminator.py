@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitgan_jax.models import fused_attention
 from vitgan_jax.models.attention import TransformerBlock
 from vitgan_jax.models.layers import Dense, LayerNorm, SineEmbedding
 from vitgan_jax.models.patches import overlapping_patches
@@ -31,6 +32,8 @@ class Discriminator(nn.Module):
     position_scale: see `layers.SineEmbedding.scale`.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
+    mesh: TPU devices that share the batch, to attend by
+      `fused_attention` on them; None is the plain form, on any device.
     dtype: of the computation; parameters, sigma and logits are float32.
   """
 
@@ -47,6 +50,7 @@ class Discriminator(nn.Module):
   spectral_norm: str
   position_scale: float
   remat: bool = False
+  mesh: Any = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -66,13 +70,17 @@ class Discriminator(nn.Module):
       "class_token", nn.initializers.normal(1.0), (1, 1, self.width)
     )
     class_token = jnp.broadcast_to(class_token, (batch, 1, self.width))
-    h = jnp.concatenate(
-      [
-        class_token.astype(self.dtype),
-        patches + positions.astype(self.dtype),
-      ],
-      axis=1,
+    class_token = class_token.astype(self.dtype)
+    patches = patches + positions.astype(self.dtype)
+    is_packed = (
+      self.mesh is not None
+      and not self.conv_qkv
+      and fused_attention.can_pack(batch, self.mesh)
     )
+    if is_packed:
+      h = fused_attention.pack(patches, class_token)
+    else:
+      h = jnp.concatenate([class_token, patches], axis=1)
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -83,11 +91,17 @@ class Discriminator(nn.Module):
           kind=self.attention,
           qk_gain=self.qk_gain,
           conv=self.conv_qkv,
+          num_patches=grid**2 if is_packed else 0,
+          mesh=self.mesh,
         ),
         name=f"block{i}",
         **common,
       )(h)
-    y = LayerNorm(self.dtype, name="norm_out")(h[:, 0])
+    if is_packed:
+      _, class_token = fused_attention.unpack(h, grid**2)
+    else:
+      class_token = h[:, :1]
+    y = LayerNorm(self.dtype, name="norm_out")(class_token[:, 0])
     y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(y))
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32

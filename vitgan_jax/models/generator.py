@@ -6,6 +6,7 @@ from flax import linen as nn
 from jax import lax
 import jax.numpy as jnp
 
+from vitgan_jax.models import fused_attention
 from vitgan_jax.models.attention import TransformerBlock
 from vitgan_jax.models.layers import (
   Dense,
@@ -69,6 +70,8 @@ class Generator(nn.Module):
     fourier_scale: the same for the pixels of a patch.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
+    mesh: TPU devices that share the batch, to attend by
+      `fused_attention` on them; None is the plain form, on any device.
     dtype: of the computation; parameters and images are float32.
   """
 
@@ -89,6 +92,7 @@ class Generator(nn.Module):
   position_scale: float
   fourier_scale: float
   remat: bool = False
+  mesh: Any = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -116,13 +120,23 @@ class Generator(nn.Module):
       else:
         h = jnp.concatenate([token, h], axis=1)
     h = h.astype(self.dtype)
+    is_fused = (
+      self.mesh is not None
+      and not self.conv_qkv
+      and self.latent_injection != "token"
+      and fused_attention.can_pack(batch, self.mesh)
+    )
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
         norm=norm,
         mlp_dim=self.mlp_dim,
         attention=dict(
-          num_heads=self.num_heads, kind=self.attention, conv=self.conv_qkv
+          num_heads=self.num_heads,
+          kind=self.attention,
+          conv=self.conv_qkv,
+          num_patches=grid**2 if is_fused else 0,
+          mesh=self.mesh,
         ),
         dtype=self.dtype,
         name=f"block{i}",

@@ -1,0 +1,261 @@
+"""Attention as one Pallas TPU kernel; an image's scores never leave the chip.
+
+XLA gives one image's heads, matrices of 65 x 64, a tenth of the matrix unit,
+and writes scores and softmax to memory in between. Here one program takes a
+group of images, goes through them one by one, and keeps all in VMEM; backward,
+it computes the scores again.
+
+Tokens come in rows, see `pack`: with 65 tokens an image, no layout of
+[B, N, D] has images that begin at a multiple of 8 rows, as the chip wants them,
+but that of groups with their class tokens last has, without padding.
+
+`attention.attention_weights` is the plain form, and the tests' reference.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+GROUP_SIZE = 16  # images; as many bfloat16 rows fill a register
+_LANES = 128
+
+
+def can_pack(batch, mesh):
+  """Says whether a batch falls into whole groups on each device of a mesh."""
+  return batch % (GROUP_SIZE * mesh.size) == 0
+
+
+def pack(patches, extra=None):
+  """Puts tokens of GROUP_SIZE images into rows: all patches, then all extras.
+
+  Args:
+    patches: [B, N, D]; GROUP_SIZE divides B.
+    extra: [B, 1, D], class tokens, or None.
+
+  Returns:
+    [B / GROUP_SIZE, GROUP_SIZE * (N + 1 or N), D].
+  """
+  groups = len(patches) // GROUP_SIZE
+  width = patches.shape[-1]
+  parts = [x for x in (patches, extra) if x is not None]
+  return jnp.concatenate([x.reshape(groups, -1, width) for x in parts], axis=1)
+
+
+def unpack(rows, num_patches):
+  """Undoes `pack`: returns (patches, extra or None)."""
+  width = rows.shape[-1]
+  patches, extra = jnp.split(rows, [GROUP_SIZE * num_patches], axis=1)
+  extra = extra.reshape(-1, 1, width) if extra.size else None
+  return patches.reshape(-1, num_patches, width), extra
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _attend(queries, keys, values, num_patches, head_dim, kind, interpret):
+  static = (num_patches, head_dim, kind, interpret)
+  return _call(_forward_kernel, 1, (queries, keys, values), *static)[0]
+
+
+def _attend_forward(queries, keys, values, *static):
+  return _attend(queries, keys, values, *static), (queries, keys, values)
+
+
+def _attend_backward(*args):
+  *static, inputs, output_gradient = args
+  return tuple(_call(_backward_kernel, 3, (*inputs, output_gradient), *static))
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(
+  queries, keys, values, *, num_patches, num_heads, kind, mesh, interpret=False
+):
+  """Returns multi-head attention in the shape of the queries.
+
+  There is no second derivative: gradient penalties take the plain form.
+
+  Args:
+    queries: [B / GROUP_SIZE, R, D], see `pack`; or [B, num_patches, D], whose
+      rows are those already.
+    keys: likewise.
+    values: likewise.
+    num_patches: tokens of an image, without the extra one.
+    num_heads: divides D.
+    kind: "l2" or "dot".
+    mesh: devices that share the batch: the compiler cannot divide kernels.
+    interpret: runs the kernel as ordinary operations, on any device.
+  """
+  width = queries.shape[-1]
+  head_dim = width // num_heads
+  spec = PartitionSpec(mesh.axis_names)
+
+  def local(*inputs):
+    rows = [x.reshape(-1, _num_rows(x, num_patches), width) for x in inputs]
+    y = _attend(*rows, num_patches, head_dim, kind, interpret)
+    return y.reshape(inputs[0].shape)
+
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )(queries, keys, values)
+
+
+def _num_rows(x, num_patches):
+  """Returns the rows of a group."""
+  is_packed = x.shape[1] > num_patches
+  return x.shape[1] if is_packed else GROUP_SIZE * num_patches
+
+
+def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
+  groups, num_rows, width = inputs[0].shape
+  has_extra = num_rows > GROUP_SIZE * num_patches
+  num_tokens = num_patches + has_extra
+  block = pl.BlockSpec((1, num_rows, width), lambda i: (i, 0, 0))
+  # Forward two products of N x N x D for each image, backward five.
+  num_products = 2 if num_outputs == 1 else 5
+  batch = groups * GROUP_SIZE
+  shape = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
+  num_bytes = shape.size * shape.dtype.itemsize
+  return pl.pallas_call(
+    functools.partial(
+      kernel, num_patches=num_patches, head_dim=head_dim, kind=kind
+    ),
+    grid=(groups,),
+    in_specs=[block] * len(inputs),
+    out_specs=[block] * num_outputs,
+    out_shape=[shape] * num_outputs,
+    cost_estimate=pl.CostEstimate(
+      flops=2 * num_products * batch * num_tokens**2 * width,
+      bytes_accessed=num_bytes * (len(inputs) + num_outputs),
+      transcendentals=batch * num_tokens**2 * (width // head_dim),
+    ),
+    interpret=interpret,
+    name="attention" if num_outputs == 1 else "attention_backward",
+  )(*inputs)
+
+
+def _forward_kernel(*refs, num_patches, head_dim, kind):
+  """Attends in one group; refs of queries, keys, values and the output."""
+
+  def attend_image(i, unused_carry):
+    is_key = _is_key(refs[0], i, num_patches)
+    for lanes, heads in _lanes_and_heads(refs[0], head_dim):
+      queries, keys, values = (
+        _load(ref, i, num_patches, lanes) for ref in refs[:3]
+      )
+      y = 0.0
+      for head in heads:
+        head_keys = jnp.where(head, keys, 0)
+        weights = _weights(queries, head_keys, head_dim, kind, is_key)
+        head_values = jnp.where(head, values, 0)
+        y += _product(weights.astype(values.dtype), head_values, 0, 0)
+      _store(refs[3], y, i, num_patches, lanes)
+    return unused_carry
+
+  lax.fori_loop(0, GROUP_SIZE, attend_image, 0)
+
+
+def _backward_kernel(*refs, num_patches, head_dim, kind):
+  """Differentiates one group; refs of three inputs, dy, and three outputs."""
+  slope = (2.0 if kind == "l2" else 1.0) / math.sqrt(head_dim)
+
+  def differentiate_image(i, unused_carry):
+    is_key = _is_key(refs[0], i, num_patches)
+    for lanes, heads in _lanes_and_heads(refs[0], head_dim):
+      queries, keys, values, dy = (
+        _load(ref, i, num_patches, lanes) for ref in refs[:4]
+      )
+      if is_key is not None:  # nor are the others' extra tokens queries
+        dy = jnp.where(is_key, dy, 0)
+      d_queries = d_keys = d_values = 0.0
+      for head in heads:
+        head_keys = jnp.where(head, keys, 0)
+        weights = _weights(queries, head_keys, head_dim, kind, is_key)
+        head_dy = jnp.where(head, dy, 0)
+        d_weights = _product(values, head_dy, 1, 1)
+        mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+        d_logits = weights * (d_weights - mean) * slope
+        d_values += _product(weights.astype(dy.dtype), head_dy, 1, 0)
+        if kind == "l2":  # through -||k||^2
+          d_keys -= head_keys * jnp.sum(d_logits, axis=1, keepdims=True)
+        d_logits = d_logits.astype(keys.dtype)
+        d_queries += _product(d_logits, head_keys, 0, 0)
+        d_keys += _product(d_logits, jnp.where(head, queries, 0), 1, 0)
+      for ref, gradient in zip(refs[4:], (d_queries, d_keys, d_values)):
+        _store(ref, gradient, i, num_patches, lanes)
+    return unused_carry
+
+  lax.fori_loop(0, GROUP_SIZE, differentiate_image, 0)
+
+
+def _weights(queries, head_keys, head_dim, kind, is_key):
+  """Returns attention weights of a head, float32 [keys, queries].
+
+  Keys come first: sums over them are then sums over rows, which are cheap.
+  """
+  logits = _product(head_keys, queries, 1, 1)
+  if kind == "l2":
+    squares = jnp.square(head_keys.astype(jnp.float32))
+    logits = 2.0 * logits - jnp.sum(squares, axis=1, keepdims=True)
+  logits = logits / math.sqrt(head_dim)
+  if is_key is not None:
+    logits = jnp.where(is_key, logits, -jnp.inf)
+  weights = jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
+  return weights * (1.0 / jnp.sum(weights, axis=0, keepdims=True))
+
+
+def _product(a, b, a_axis, b_axis):
+  dimensions = (((a_axis,), (b_axis,)), ((), ()))
+  return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _lanes_and_heads(ref, head_dim):
+  """Lists (lanes, [mask [1, lanes] of a head, ...]): whole registers each.
+
+  A head is half a register. Zeros in the other half cost nothing; to move it
+  would.
+  """
+  width = ref.shape[-1]
+  size = math.lcm(head_dim, _LANES)
+  if width % size:
+    size = width
+  lane = lax.broadcasted_iota(jnp.int32, (1, size), 1)
+  heads = [
+    (lane >= start) & (lane < start + head_dim)
+    for start in range(0, size, head_dim)
+  ]
+  return [(pl.ds(start, size), heads) for start in range(0, width, size)]
+
+
+def _load(ref, i, num_patches, lanes):
+  """Returns patches of image i, and the extra tokens of its whole group."""
+  start = pl.multiple_of(i * num_patches, num_patches)
+  tokens = ref[0, pl.ds(start, num_patches), lanes]
+  if ref.shape[1] == GROUP_SIZE * num_patches:
+    return tokens
+  extra = ref[0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE), lanes]
+  return jnp.concatenate([tokens, extra], axis=0)
+
+
+def _store(ref, tokens, i, num_patches, lanes):
+  """Writes what belongs to image i of what `_load` returned."""
+  tokens = tokens.astype(ref.dtype)
+  start = pl.multiple_of(i * num_patches, num_patches)
+  ref[0, pl.ds(start, num_patches), lanes] = tokens[:num_patches]
+  if ref.shape[1] > GROUP_SIZE * num_patches:
+    extra = (0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE), lanes)
+    row = lax.broadcasted_iota(jnp.int32, (GROUP_SIZE, 1), 0)
+    ref[extra] = jnp.where(row == i, tokens[num_patches:], ref[extra])
+
+
+def _is_key(ref, i, num_patches):
+  """Returns which of what `_load` returns are of image i, [tokens, 1]."""
+  if ref.shape[1] == GROUP_SIZE * num_patches:
+    return None
+  shape = (num_patches + GROUP_SIZE, 1)
+  row = lax.broadcasted_iota(jnp.int32, shape, 0)
+  return (row < num_patches) | (row == num_patches + i)
