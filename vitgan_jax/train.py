@@ -8,7 +8,7 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from vitgan_jax import checkpoint, partitioning, processes
+from vitgan_jax import checkpoint, compilation, partitioning, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
@@ -40,6 +40,7 @@ def train_and_evaluate(config, workdir):
     TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
   """
   config_lib.validate(config)
+  compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
   if config.batch_size % (mesh.size * config.accumulation):
     times = f" times config.accumulation={config.accumulation}"
