@@ -18,6 +18,7 @@ _MAY_CHANGE = (
   "checkpoint_every_kimg",
   "keep_checkpoints",
   "compilation_cache",
+  "profile",
   "data.data_dir",
   "data.path",
   "evaluation.features",
