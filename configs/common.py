@@ -104,6 +104,9 @@ def get_config():
   config.num_sample_images = 64  # on the grids of the training run
   config.checkpoint_every_kimg = 1_000.0
   config.keep_checkpoints = 3
+  # Folder of compiled programs, for a quick next start; "" is none
+  config.compilation_cache = "~/.cache/vitgan_jax/programs"
+  config.profile = False  # record three calls for TensorBoard's profile tab
   # Locked: a misspelt field is an error, here as on the command line.
   return config.lock()
 

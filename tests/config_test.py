@@ -172,6 +172,8 @@ def test_same_config_may_claim_its_workdir_again(tmp_path):
     ("accumulation", 2),
     ("remat", True),
     ("fsdp", 2),
+    ("compilation_cache", ""),
+    ("profile", True),
   ],
 )
 def test_run_may_be_prolonged_and_its_data_moved(tmp_path, field, value):

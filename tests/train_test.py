@@ -44,6 +44,14 @@ def after_call(monkeypatch, number, action):
   monkeypatch.setattr(train, "make_train_steps", make)
 
 
+def losses(run):
+  return {
+    line["step"]: (line["loss/d"], line["loss/g"])
+    for line in monitor_test.read_lines(run.workdir)
+    if "loss/d" in line
+  }
+
+
 def test_run_leaves_its_files(digits_run):
   names = {path.name for path in digits_run.workdir.iterdir()}
   events = {name for name in names if name.startswith("events.out.tfevents")}
@@ -135,6 +143,45 @@ def interrupted(tmp_path_factory):
   return first, steps, second
 
 
+def test_programs_of_a_run_are_traced_once(tmp_path):
+  traced = []
+
+  def listen(event, unused_seconds, fun_name="", **unused_kwargs):
+    if event == "/jax/core/compile/jaxpr_trace_duration":
+      traced.append(fun_name)
+
+  config = digits.get_config("smoke")
+  config.num_sample_images = 20  # batches of 16 and of 4
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    run = runs.train_quietly(config, tmp_path / "run")
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert int(run.state.step) == 4 * config.steps_per_call
+  for name in ("train_steps", "sampler", "diagnostics", "create_train_state"):
+    assert traced.count(name) == 1, name
+
+
+def test_profile_shows_whole_calls_and_changes_no_number(digits_run, tmp_path):
+  config = digits.get_config("smoke")
+  config.profile = True
+  run = runs.train_quietly(config, tmp_path / "run")
+  tiny.assert_bit_equal(run.state, digits_run.state)
+  assert losses(run) == losses(digits_run)
+  (path,) = run.workdir.glob("plugins/profile/*/*.xplane.pb")
+  assert f"The profile is in {run.workdir}/plugins/profile\n" in run.output
+  names, steps = set(), set()
+  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+    for line in plane.lines:
+      for event in line.events:
+        names.add(event.name)
+        if event.name == "train":
+          steps.add(dict(event.stats)["step_num"])
+  assert steps == {4, 6}  # the last two calls of four
+  assert any("jit_train_steps" in name for name in names)
+  assert not any("backend_compile" in name for name in names)
+
+
 def test_signal_saves_and_stops(interrupted):
   first, steps, _ = interrupted
   assert int(first.state.step) == 2 and steps == [2]
@@ -159,13 +206,6 @@ def test_run_that_goes_on_equals_one_that_never_stopped(
 def test_run_that_goes_on_logs_what_one_that_never_stopped_does(
   interrupted, digits_run
 ):
-  def losses(run):
-    return {
-      line["step"]: (line["loss/d"], line["loss/g"])
-      for line in monitor_test.read_lines(run.workdir)
-      if "loss/d" in line
-    }
-
   assert losses(interrupted[2]) == losses(digits_run)
 
 

@@ -17,6 +17,8 @@ _MAY_CHANGE = (
   "num_sample_images",
   "checkpoint_every_kimg",
   "keep_checkpoints",
+  "compilation_cache",
+  "profile",
   "data.data_dir",
   "data.path",
   "evaluation.features",
@@ -196,7 +198,7 @@ def load(workdir):
   if not isinstance(values, dict):
     raise ConfigError(f"{path} is damaged: it holds no config")
   config = ml_collections.ConfigDict(values).lock()
-  fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES}
+  fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
   missing = sorted(fields - flatten(config).keys())
   if missing:
     raise ConfigError(

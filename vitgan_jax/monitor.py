@@ -12,6 +12,9 @@ from vitgan_jax import pictures, processes
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 
+_FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
+_NUM_PROFILED_CALLS = 3
+
 SAMPLE_SEED = 0  # the grids of a run show the same latents from first to last
 
 
@@ -44,6 +47,49 @@ class Progress:
     if processes.is_first():
       print(line, flush=True)
     return result
+
+
+class Profiler:
+  """Records what a few calls do, on the host and on its devices.
+
+  Writes into `plugins/profile` of the workdir, where TensorBoard looks for it.
+  A run of few calls records those that it has.
+  """
+
+  def __init__(self, config, workdir):
+    """Records nothing unless config.profile, and in the first process only."""
+    self._folder = epath.Path(workdir)
+    self._wanted = config.profile and processes.is_first()
+    self._calls = 0
+    self._running = False
+
+  def before_call(self, state):
+    """Starts or ends the recording, where it is time to.
+
+    Args:
+      state: GANState that the call before this one returned; what is recorded
+        is whole calls, so it is waited for.
+    """
+    if self._wanted and self._calls == _FIRST_PROFILED_CALL:
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+    elif self._calls == _FIRST_PROFILED_CALL + _NUM_PROFILED_CALLS:
+      self._stop(state)
+    self._calls += 1
+
+  def _stop(self, state=None):
+    if self._running:
+      self._running = False
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      print(f"The profile is in {self._folder}/plugins/profile", flush=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused_exception):
+    self._stop()
 
 
 class MetricWriter:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning, pictures, processes
+from vitgan_jax import (
+  checkpoint,
+  compilation,
+  partitioning,
+  pictures,
+  processes,
+)
 from vitgan_jax import config as config_lib
 from vitgan_jax.train_state import build_models
 
@@ -121,6 +127,7 @@ def sample(workdir, num_samples, seed, output):
           f"--output={output} is there and not empty; choose a new folder"
         )
     config = config_lib.load(workdir)
+  compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh()
   state = checkpoint.restore_latest(workdir, config, mesh)
   if processes.is_first():

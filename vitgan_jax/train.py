@@ -8,12 +8,17 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from vitgan_jax import checkpoint, partitioning, processes
+from vitgan_jax import checkpoint, compilation, partitioning, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import evaluate, features
-from vitgan_jax.monitor import MetricWriter, Progress, SampleWriter
+from vitgan_jax.monitor import (
+  MetricWriter,
+  Profiler,
+  Progress,
+  SampleWriter,
+)
 from vitgan_jax.train_state import init_train_state
 
 
@@ -25,8 +30,8 @@ def train_and_evaluate(config, workdir):
   """Trains a model, or goes on from the last checkpoint in the workdir.
 
   Writes into the workdir: config.json, checkpoints/, samples/*.png, a line of
-  scalars a log in metrics.jsonl, and TensorBoard events. With many processes
-  the workdir is one that all of them see.
+  scalars a log in metrics.jsonl, TensorBoard events, and a profile if
+  config.profile. With many processes the workdir is one that all of them see.
 
   Args:
     config: of `configs/`.
@@ -40,6 +45,7 @@ def train_and_evaluate(config, workdir):
     TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
   """
   config_lib.validate(config)
+  compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
   if config.batch_size % (mesh.size * config.accumulation):
     times = f" times config.accumulation={config.accumulation}"
@@ -80,6 +86,7 @@ def train_and_evaluate(config, workdir):
     if is_first_process:
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
+    profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, mesh, images, writer)
     evaluator = _make_evaluator(config, images, mesh)
     train_steps = make_train_steps(config, mesh)
@@ -93,7 +100,9 @@ def train_and_evaluate(config, workdir):
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
     for step, real_images in pipeline.prefetch(load, calls):
-      state, metrics = train_steps(state, real_images)
+      profiler.before_call(state)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, metrics = train_steps(state, real_images)
       if pending:
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call

@@ -1,5 +1,6 @@
 """The training state, its creation, the optimisers and the moving average."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -115,7 +116,7 @@ def state_shardings(config, mesh):
 def init_train_state(config, mesh):
   """Returns the GANState of step 0 on the devices of a mesh."""
   return jax.jit(
-    lambda: create_train_state(config),
+    functools.partial(create_train_state, config),
     out_shardings=state_shardings(config, mesh),
   )()
 

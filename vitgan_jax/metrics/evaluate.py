@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from vitgan_jax import (
   checkpoint,
+  compilation,
   partitioning,
   pictures,
   processes,
@@ -233,6 +234,7 @@ def evaluate(
     raise config_lib.ConfigError(
       f"--num_samples={num_samples} must be at least 1"
     )
+  compilation.use_cache(config.compilation_cache)
   network = network or config.evaluation.features
   with processes.together():
     network = features.load_network(network, inception_weights)

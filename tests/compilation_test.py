@@ -1,0 +1,136 @@
+import re
+
+import jax
+import pytest
+
+from tests import monitor_test, runs, tiny
+from vitgan_jax import compilation, sample, train
+from vitgan_jax import config as config_lib
+from vitgan_jax.metrics import evaluate
+
+# Those of a run that take longest to compile.
+PROGRAMS = {
+  "jit_create_train_state",
+  "jit_train_steps",
+  "jit_sampler",
+  "jit_diagnostics",
+}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+  """Two starts of one command; returns [(workdir, hits, misses, files)]."""
+  folder = tmp_path_factory.mktemp("starts")
+  result = []
+  for name in ("first", "second"):
+    code, _, errors = runs.run_main(
+      f"--config={runs.ROOT}/configs/digits.py:smoke",
+      "--config.compilation_cache=~/programs",
+      f"--workdir={name}",
+      cwd=folder,
+      HOME=str(folder),
+      JAX_COMPILATION_CACHE_DIR="",  # not that of the tests
+      JAX_DEBUG_LOG_MODULES="jax._src.compiler",
+    )
+    assert code == 0, errors
+    hits, misses = (
+      set(re.findall(rf"compilation cache {word} for '(\w+)'", errors, re.I))
+      for word in ("hit", "miss")
+    )
+    files = runs.snapshot(folder / "programs")
+    result.append((folder / name, hits, misses, files))
+  return result
+
+
+def test_second_start_compiles_what_takes_long_no_more(starts):
+  (_, hits, misses, files), (_, hits_2, misses_2, files_2) = starts
+  assert misses >= PROGRAMS and not hits & PROGRAMS
+  assert hits_2 >= PROGRAMS and not misses_2 & PROGRAMS
+  assert {name.split("-")[0] for name in files} >= PROGRAMS
+  assert {name: files_2[name] for name in files} == files
+
+
+def test_second_start_computes_the_same(starts):
+  first, second = (
+    [
+      {k: v for k, v in line.items() if k != "images_per_sec"}
+      for line in monitor_test.read_lines(workdir)
+    ]
+    for workdir, *_ in starts
+  )
+  assert "loss/d" in first[0] and first == second
+
+
+@pytest.fixture
+def no_folder():
+  """JAX as it is where the user names no folder."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_folder_is_made_and_used(tmp_path, capsys):
+  compilation.use_cache(str(tmp_path / "new" / "programs"))
+  assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/new/programs"
+  assert jax.config.jax_persistent_cache_min_compile_time_secs < 0.3
+  assert list(runs.snapshot(tmp_path)) == ["new", "new/programs"]
+  assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("no_folder")
+def test_no_folder_is_no_cache(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  compilation.use_cache("")
+  assert jax.config.jax_compilation_cache_dir is None
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_folder")
+@pytest.mark.parametrize("folder", ["file", "file/programs"])
+def test_folder_that_cannot_be_used_is_told_of_and_left(
+  folder, tmp_path, capsys
+):
+  (tmp_path / "file").write_text("mine")
+  compilation.use_cache(str(tmp_path / folder))
+  assert jax.config.jax_compilation_cache_dir is None
+  assert runs.snapshot(tmp_path) == {"file": b"mine"}
+  _, errors = capsys.readouterr()
+  assert f"config.compilation_cache={tmp_path}/{folder}" in errors
+  assert errors.count("\n") == 1
+
+
+def test_folder_of_the_environment_stays(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  assert before
+  compilation.use_cache(str(tmp_path / "new"))
+  assert jax.config.jax_compilation_cache_dir == before
+  assert not list(tmp_path.iterdir())
+
+
+class _UsedError(Exception):
+  pass
+
+
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
+def test_every_mode_uses_the_folder_of_its_config(mode, tmp_path, monkeypatch):
+  def use(folder):
+    raise _UsedError(folder)
+
+  monkeypatch.setattr(compilation, "use_cache", use)
+  config = tiny.tiny_config(compilation_cache="here")
+  workdir = tmp_path / "run"
+  config_lib.claim_workdir(config, workdir)
+  with pytest.raises(_UsedError, match=r"^here$"):
+    if mode == "train":
+      train.train_and_evaluate(config, workdir)
+    elif mode == "sample":
+      sample.sample(workdir, 1, 0, tmp_path / "new")
+    else:
+      evaluate.evaluate(workdir)

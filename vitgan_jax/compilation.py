@@ -1,0 +1,43 @@
+"""Compiled programs that are kept on the disk, for the next start."""
+
+import os
+import sys
+
+from etils import epath
+import jax
+
+_MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
+
+
+def use_cache(folder):
+  """Has JAX keep what it compiles, and look there first.
+
+  A folder that JAX was given before, as by JAX_COMPILATION_CACHE_DIR, stays.
+  One that cannot be written into is told of, and not used: a program that is
+  compiled anew is the same. JAX tells programs apart by their code, its own
+  version, its flags, and the devices.
+
+  Args:
+    folder: made where it is missing; "~" is the user's; "" is none.
+  """
+  if not folder or jax.config.jax_compilation_cache_dir:
+    return
+  path = epath.Path(folder).expanduser()
+  probe = path / f"writable{os.getpid()}"
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    # JAX would warn of each program, and of a file in its place with a trace.
+    probe.touch()
+    probe.unlink(missing_ok=True)  # of a process of another host, it may be
+  except OSError as error:
+    print(
+      f"Compiled programs are not kept: config.compilation_cache={folder}: "
+      f"{error.strerror or error}",
+      file=sys.stderr,
+      flush=True,
+    )
+    return
+  jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+  jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS
+  )
