@@ -34,19 +34,16 @@ def rounds(monkeypatch):
 
 
 @pytest.fixture
-def eager_torch(monkeypatch):
-  """Tracing alone, in place of a C++ compiler's minutes."""
+def quick_torch(monkeypatch):
+  """Tracing alone in place of a C++ compiler's minutes, and one thread.
+
+  Processes that share the cores would wait for one another's threads.
+  """
   torch = pytest.importorskip("torch")
-  compile_function = functools.partial(torch.compile, backend="eager")
-  monkeypatch.setattr(
-    peer,
-    "compile_function",
-    lambda compiled: (
-      compile_function if compiled else lambda function: function
-    ),
-  )
-  # Processes that share the cores wait for one another's threads.
   monkeypatch.setattr(peer.os, "cpu_count", lambda: 1)
+  monkeypatch.setattr(
+    torch, "compile", functools.partial(torch.compile, backend="eager")
+  )
 
 
 def assert_peers_agree(figures, unit, count, medians):
@@ -71,7 +68,14 @@ def test_turns_are_medians_of_at_least_three_rounds(monkeypatch):
   assert calls == ["a", "b"] * 4  # the first are not measured
 
 
-def test_training_is_measured_beside_torch(rounds, eager_torch):
+def test_training_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
+  compiled = []
+  # Tracing the step takes longer than all the rest.
+  monkeypatch.setattr(
+    peer,
+    "compile_function",
+    lambda is_compiled: compiled.append(is_compiled) or (lambda f: f),
+  )
   config = tiny_config(steps_per_call=2)
   (figures,) = train.run(config, seconds=0.0)
   (medians,) = rounds
@@ -82,11 +86,12 @@ def test_training_is_measured_beside_torch(rounds, eager_torch):
     atol=0.051,  # figures are rounded
   )
   assert figures["compile_seconds"] > 0
+  assert compiled == [False, True]
   assert figures["device"] == f"{len(jax.devices())} x cpu"
   assert_peers_agree(figures, "images_per_sec", 2 * config.batch_size, medians)
 
 
-def test_sampling_is_measured_beside_torch(rounds, eager_torch, monkeypatch):
+def test_sampling_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
   monkeypatch.setattr(sample_lib, "BATCH_SIZE", 2)
   monkeypatch.setattr(sample, "BATCH_SIZE", 2)
   (figures,) = sample.run(tiny_config(), seconds=0.0)

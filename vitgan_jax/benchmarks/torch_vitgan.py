@@ -6,6 +6,8 @@ CPU. Images are [B, 3, S, S], about [-1, 1]; modules have the names of ours, and
 their parameters come from ours. Needs torch.
 """
 
+import math
+
 import jax
 import numpy as np
 import torch
@@ -88,7 +90,8 @@ class Dense(nn.Module):
     super().__init__()
     self.weight = nn.Parameter(torch.zeros(shape))
     self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
-    self.scale = gain * lr_multiplier / np.prod(shape[1:]) ** 0.5
+    # Of Python: torch.compile takes a number of numpy for a tensor.
+    self.scale = gain * lr_multiplier / math.prod(shape[1:]) ** 0.5
     self.lr_multiplier = lr_multiplier
     self.spectral_norm = spectral_norm
     if spectral_norm:
