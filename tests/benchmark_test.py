@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -9,34 +11,136 @@ import pytest
 from tests import runs
 from tests.tiny import tiny_config
 from vitgan_jax import config as config_lib
-from vitgan_jax.benchmarks import data, metrics, train
+from vitgan_jax import sample as sample_lib
+from vitgan_jax.benchmarks import data, metrics, peer, sample, train, turns
 from vitgan_jax.metrics import features
 
+CONTESTANTS = ("torch", "torch_compile")
 
-def test_figures_agree_with_one_another(monkeypatch):
-  ticks = []
-  clock = train.time.perf_counter
 
-  def record():
-    ticks.append(clock())
-    return ticks[-1]
+@pytest.fixture
+def rounds(monkeypatch):
+  """Collects the medians that `turns.median_seconds` returns."""
+  medians = []
+  function = turns.median_seconds
 
-  monkeypatch.setattr(train.time, "perf_counter", record)
+  def record(*args):
+    result = function(*args)
+    medians.append(result[0])
+    return result
+
+  monkeypatch.setattr(turns, "median_seconds", record)
+  return medians
+
+
+@pytest.fixture
+def quick_torch(monkeypatch):
+  """Tracing alone in place of a C++ compiler's minutes, and one thread.
+
+  Processes that share the cores would wait for one another's threads.
+  """
+  torch = pytest.importorskip("torch")
+  monkeypatch.setattr(peer.os, "cpu_count", lambda: 1)
+  monkeypatch.setattr(
+    torch, "compile", functools.partial(torch.compile, backend="eager")
+  )
+
+
+def assert_peers_agree(figures, unit, count, medians):
+  """Asserts that rounded figures are those of the measured medians."""
+  ours, *theirs = medians
+  assert len(theirs) == len(CONTESTANTS)
+  for name, taken in zip(CONTESTANTS, theirs):
+    np.testing.assert_allclose(
+      [figures[f"{name}_{unit}"], figures[f"{name}_ratio"]],
+      [count / taken, taken / ours],
+      atol=0.051,
+      rtol=1e-3,
+    )
+
+
+def test_turns_are_medians_of_at_least_three_rounds(monkeypatch):
+  clock = iter([0, 1, 1, 11, 20, 22, 22, 32, 40, 49, 49, 59])
+  monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
+  calls = []
+  functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+  assert turns.median_seconds(functions, 12.0) == ([2.0, 10.0], 3)
+  assert calls == ["a", "b"] * 4  # the first are not measured
+
+
+def test_training_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
+  compiled = []
+  # Tracing the step takes longer than all the rest.
+  monkeypatch.setattr(
+    peer,
+    "compile_function",
+    lambda is_compiled: compiled.append(is_compiled) or (lambda f: f),
+  )
   config = tiny_config(steps_per_call=2)
   (figures,) = train.run(config, seconds=0.0)
-  compilation, *calls = np.diff(ticks)[::2]
-  assert figures["calls"] == len(calls) == 3
+  (medians,) = rounds
+  assert figures["calls"] == 3
   np.testing.assert_allclose(
-    [figures["compile_seconds"], figures["step_ms"]],
-    [compilation, 1000 * np.median(calls) / 2],
-    atol=0.006,  # figures are rounded
+    [figures["step_ms"], figures["images_per_sec"]],
+    [1000 * medians[0] / 2, 2 * config.batch_size / medians[0]],
+    atol=0.051,  # figures are rounded
   )
-  np.testing.assert_allclose(
-    figures["images_per_sec"],
-    config.batch_size / (figures["step_ms"] / 1000),
-    rtol=1e-2,
-  )
+  assert figures["compile_seconds"] > 0
+  assert compiled == [False, True]
   assert figures["device"] == f"{len(jax.devices())} x cpu"
+  assert_peers_agree(figures, "images_per_sec", 2 * config.batch_size, medians)
+
+
+def test_sampling_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
+  monkeypatch.setattr(sample_lib, "BATCH_SIZE", 2)
+  monkeypatch.setattr(sample, "BATCH_SIZE", 2)
+  (figures,) = sample.run(tiny_config(), seconds=0.0)
+  (medians,) = rounds
+  batch_size = 2 * len(jax.devices())
+  assert figures["batch_size"] == batch_size
+  np.testing.assert_allclose(
+    figures["samples_per_sec"], batch_size / medians[0], atol=0.051
+  )
+  assert_peers_agree(figures, "samples_per_sec", batch_size, medians)
+
+
+def test_what_torch_lacks_is_said_and_ours_is_measured(monkeypatch):
+  def no_contestants(config):
+    return peer.contestants(config, make=None)
+
+  find_spec = peer.importlib.util.find_spec
+  if find_spec("torch"):
+    for field, value in (
+      ("generator.latent_injection", "add"),
+      ("dtype", "bfloat16"),
+      ("loss.r1_gamma", 0.5),
+    ):
+      functions, note = no_contestants(tiny_config({field: value}))
+      assert functions == {} and f"config.{field}={value!r}" in note["torch"]
+  monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+  assert no_contestants(tiny_config()) == ({}, {"torch": "not installed"})
+  figures = peer.figures("images_per_sec", 8, 0.5, {})
+  assert set(figures.values()) == {None}
+
+
+def test_torch_that_does_not_compile_has_no_figure():
+  pytest.importorskip("torch")
+
+  def make(compiled):
+    def fail():
+      raise RuntimeError("no C++ compiler")
+
+    return fail if compiled else lambda: None
+
+  functions, _ = peer.contestants(tiny_config(), make)
+  assert list(functions) == ["torch"]
+  figures = peer.figures("images_per_sec", 8, 0.5, {"torch": 0.25})
+  assert figures == {
+    "torch_images_per_sec": 32.0,
+    "torch_ratio": 0.5,
+    "torch_compile_images_per_sec": None,
+    "torch_compile_ratio": None,
+  }
 
 
 def test_bad_config_is_refused():
@@ -97,6 +201,9 @@ def test_command_prints_one_line_of_json_or_says_how_to_call_it(tmp_path):
       capture_output=True,
       text=True,
       timeout=300,
+      # Without torch.compile, and without threads that wait in busy loops.
+      env=os.environ
+      | {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"},
     )
 
   result = run(
@@ -105,7 +212,7 @@ def test_command_prints_one_line_of_json_or_says_how_to_call_it(tmp_path):
   assert result.returncode == 0, result.stderr
   (figures,) = json.loads(result.stdout)
   assert figures["image_size"] == 16
-  for arguments in ([], ["train"], ["speed"], ["data", "train"]):
+  for arguments in ([], ["train"], ["sample"], ["speed"], ["data", "train"]):
     result = run(*arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: usage: ")

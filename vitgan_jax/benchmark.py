@@ -1,13 +1,20 @@
-"""Measures speed: `python -m vitgan_jax.benchmark {train,data,metrics}`.
+"""Measures speed: `python -m vitgan_jax.benchmark {train,sample,data,metrics}`.
 
   python -m vitgan_jax.benchmark train --config=configs/digits.py
   python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
+  python -m vitgan_jax.benchmark sample --config=configs/digits.py
   python -m vitgan_jax.benchmark data
   python -m vitgan_jax.benchmark metrics
 
-`train` times the training step of a config on random images. `data` times the
-reading of prepared images, beside tf.data; `metrics` that of Inception's
-features and the metrics, beside torch-fidelity. Nothing is left on the disk.
+`train` times the training step of a config on random images, `sample` the
+drawing of samples, both beside the same networks and objective in PyTorch,
+eager and compiled, on a CPU, if torch is installed. `data` times the reading of
+prepared images, beside tf.data; `metrics` that of Inception's features and the
+metrics, beside torch-fidelity. All that is compared takes turns. Nothing is
+left on the disk.
+
+PyTorch's threads wait in busy loops. On a machine that does other things, set
+OMP_WAIT_POLICY=passive: without it, PyTorch may be thirty times as slow.
 """
 
 import importlib
@@ -19,7 +26,12 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
-_NEEDS_CONFIG = {"train": True, "data": False, "metrics": False}
+_NEEDS_CONFIG = {
+  "train": True,
+  "sample": True,
+  "data": False,
+  "metrics": False,
+}
 
 
 def main(arguments):
@@ -31,7 +43,7 @@ def main(arguments):
     raise ConfigError(
       "usage: python -m vitgan_jax.benchmark "
       f"{{{','.join(_NEEDS_CONFIG)}}} [--config=configs/<name>.py] [--json]; "
-      "train needs a config"
+      "train and sample need a config"
     )
   module = importlib.import_module(f"vitgan_jax.benchmarks.{name}")
   results = module.run(flags.FLAGS.config, flags.FLAGS.seconds)

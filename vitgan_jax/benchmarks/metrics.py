@@ -6,13 +6,12 @@ are random, of 32 pixels. The two take turns. Needs torch and torch-fidelity.
 
 import pathlib
 import tempfile
-import time
 
 import jax
 import numpy as np
 
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import fidelity
+from vitgan_jax.benchmarks import fidelity, turns
 from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import features, inception, scores, statistics, weights
 from vitgan_jax.metrics.reference import Reference
@@ -43,8 +42,8 @@ def run(config, seconds):
   rng = np.random.default_rng(0)
   real, fake = np.abs(rng.normal(size=(2, NUM_IMAGES, 2048))).astype(np.float32)
   logits = rng.normal(size=(NUM_IMAGES, 1008)).astype(np.float32)
-  our_seconds = _time(_our_scores, real, fake, logits)
-  their_seconds = _time(_their_scores, real, fake, logits)
+  our_seconds = turns.time_of(_our_scores, real, fake, logits)
+  their_seconds = turns.time_of(_their_scores, real, fake, logits)
   # The features of both kinds; then all metrics.
   our_total = 2 * NUM_IMAGES / ours + our_seconds
   their_total = 2 * NUM_IMAGES / theirs + their_seconds
@@ -90,19 +89,8 @@ def _features_per_sec(seconds):
         part = images[i : i + _THEIR_BATCH].transpose(0, 3, 1, 2)
         their_network(torch.from_numpy(np.ascontiguousarray(part)))
 
-  times = {ours: [], theirs: []}
-  for function in times:
-    function()  # compiles, or fills caches
-  while min(map(sum, times.values())) < seconds:
-    for function, durations in times.items():
-      durations.append(_time(function))
-  return [len(images) / np.median(times[function]) for function in times]
-
-
-def _time(function, *args):
-  start = time.perf_counter()
-  function(*args)
-  return time.perf_counter() - start
+  medians, _ = turns.median_seconds([ours, theirs], seconds)
+  return [len(images) / median for median in medians]
 
 
 def _our_scores(real, fake, logits):

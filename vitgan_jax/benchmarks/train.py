@@ -1,43 +1,46 @@
-"""Speed of the training step, on random images."""
-
-import time
+"""Speed of the training step, on random images, beside the same in PyTorch."""
 
 import jax
 import numpy as np
 
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
+from vitgan_jax.benchmarks import peer, turns
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.train_state import init_train_state
 
 
 def run(config, seconds):
-  """Times `train_steps` of a config; returns a list of one dict of figures.
+  """Times the training of a config; returns a list of one dict of figures.
 
   Args:
     config: of `configs/`.
-    seconds: to measure for; compilation and a first call come on top.
+    seconds: to measure each contestant for; compilation and a first call come
+      on top.
   """
   config_lib.validate(config)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
   state = init_train_state(config, mesh)
   size = config.data.image_size
   shape = (config.steps_per_call, config.batch_size, size, size, 3)
-  images = partitioning.global_batch(
-    mesh, np.random.default_rng(0).integers(0, 256, shape, np.uint8), axis=1
+  host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  images = partitioning.global_batch(mesh, host_images, axis=1)
+  theirs, note = peer.contestants(
+    config, lambda compiled: _their_steps(config, state, host_images, compiled)
   )
-  start = time.perf_counter()
-  train_steps = make_train_steps(config, mesh).lower(state, images).compile()
-  compile_seconds = time.perf_counter() - start
-  state, metrics = train_steps(state, images)  # the first call is slower
-  jax.block_until_ready(metrics)
-  durations = []
-  while len(durations) < 3 or sum(durations) < seconds:
-    start = time.perf_counter()
-    state, metrics = train_steps(state, images)
+  train_steps = make_train_steps(config, mesh).lower(state, images)
+  compiled = []
+  compile_seconds = turns.time_of(
+    lambda: compiled.append(train_steps.compile())
+  )
+
+  def ours():
+    nonlocal state
+    state, metrics = compiled[0](state, images)
     jax.block_until_ready((state, metrics))
-    durations.append(time.perf_counter() - start)
-  step_seconds = float(np.median(durations)) / config.steps_per_call
+
+  medians, calls = turns.median_seconds([ours, *theirs.values()], seconds)
+  step_seconds = medians[0] / config.steps_per_call
   return [
     {
       "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
@@ -45,9 +48,32 @@ def run(config, seconds):
       "image_size": size,
       "batch_size": config.batch_size,
       "steps_per_call": config.steps_per_call,
-      "calls": len(durations),
+      "calls": calls,
       "compile_seconds": round(compile_seconds, 2),
       "step_ms": round(1000 * step_seconds, 3),
       "images_per_sec": round(config.batch_size / step_seconds, 1),
+      **note,
+      **peer.figures(
+        "images_per_sec",
+        config.steps_per_call * config.batch_size,
+        medians[0],
+        dict(zip(theirs, medians[1:])),
+      ),
     }
   ]
+
+
+def _their_steps(config, state, images, compiled):
+  """Returns a function that takes the steps of one call of ours."""
+  import torch
+
+  from vitgan_jax.benchmarks import torch_train
+
+  trainer = torch_train.Trainer(config, state, peer.compile_function(compiled))
+  batches = torch.from_numpy(images).unbind()
+
+  def steps():
+    for batch in batches:
+      trainer.step(batch)
+
+  return steps

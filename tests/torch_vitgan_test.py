@@ -1,0 +1,189 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vitgan_jax import diff_augment, gan_step, partitioning, train_state
+
+torch = pytest.importorskip("torch")
+from vitgan_jax.benchmarks import torch_train, torch_vitgan  # noqa: E402
+
+KEY = jax.random.key(3)
+STEP = 5  # of the state: enters Adam's bias corrections and the average's decay
+
+
+@functools.cache
+def config():
+  return tiny.tiny_config(
+    {
+      "data.image_size": 16,
+      "discriminator.overlap": 1,
+      "augment.probability": 0.6,
+      "loss.bcr_weight": 2.0,
+      "ema.ramp_up": 0.5,
+      "optimizer.b1": 0.5,
+      "optimizer.d_learning_rate": 1e-3,
+    }
+  )
+
+
+@functools.cache
+def mesh():
+  return partitioning.create_mesh(jax.devices()[:1])
+
+
+@functools.cache
+def state():
+  """A GANState whose zeros and ones have moved, as in the midst of a run."""
+  rng = np.random.default_rng(0)
+
+  def move(path, x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    noise = rng.normal(size=x.shape).astype(np.float32)
+    name = path[-1].key
+    if name == "u":
+      u = x + 0.3 * noise / np.sqrt(x.size)
+      return u / jnp.linalg.norm(u)
+    return x * (1.2 if name == "sigma_init" else 1.0) + 0.3 * noise
+
+  def adam(x):
+    inner, *rest = x
+    # Gradients of these networks are about as large; far from zero, where a
+    # step is the sign of a gradient and so that of its rounding error.
+    nu = jax.tree.map(
+      lambda v: jnp.asarray(rng.uniform(0.5, 2.0, v.shape), jnp.float32) * 1e-4,
+      inner.nu,
+    )
+    mu = jax.tree.map(
+      lambda m: jnp.asarray(rng.normal(size=m.shape), jnp.float32) * 1e-3,
+      inner.mu,
+    )
+    return (inner._replace(count=jnp.int32(STEP), mu=mu, nu=nu), *rest)
+
+  fresh = train_state.init_train_state(config(), mesh())
+  names = ("g_params", "g_ema_params", "d_params", "d_spectral")
+  return fresh.replace(
+    step=jnp.int32(STEP),
+    g_opt_state=adam(fresh.g_opt_state),
+    d_opt_state=adam(fresh.d_opt_state),
+    **{
+      name: jax.tree_util.tree_map_with_path(move, getattr(fresh, name))
+      for name in names
+    },
+  )
+
+
+def to_torch(tree):
+  return jax.tree.map(lambda x: torch.from_numpy(np.array(x)), tree)
+
+
+def load_moments(optimizer, module, opt_state):
+  adam = opt_state[0]
+  means, squares = map(torch_vitgan.state_dict_of, (adam.mu, adam.nu))
+  for name, parameter in module.named_parameters():
+    optimizer.state[parameter] = {
+      "step": torch.tensor(float(adam.count)),
+      "exp_avg": means[name],
+      "exp_avg_sq": squares[name],
+    }
+
+
+@pytest.fixture
+def trainer():
+  trainer = torch_train.Trainer(config(), state())
+  for name in "gd":
+    optimizer = getattr(trainer, f"{name}_optimizer")
+    module = {"g": trainer.generator, "d": trainer.discriminator}[name]
+    load_moments(optimizer, module, getattr(state(), f"{name}_opt_state"))
+  return trainer
+
+
+def test_generator_makes_the_same_images(trainer):
+  generator, _ = train_state.build_models(config())
+  latents = jax.random.normal(KEY, (4, config().generator.latent_dim))
+  expected = jax.jit(generator.apply)({"params": state().g_params}, latents)
+  assert np.std(expected) > 0.1
+  with torch.no_grad():
+    actual = trainer.generator(to_torch(latents)).permute(0, 2, 3, 1).numpy()
+  # Rounding of float32, over some dozens of layers.
+  np.testing.assert_allclose(actual, expected, atol=2e-5 * np.std(expected))
+
+
+def test_discriminator_gives_the_same_logits(trainer):
+  _, discriminator = train_state.build_models(config())
+  images = tiny.random_images(config()) / np.float32(127.5) - 1
+  variables = {"params": state().d_params, "spectral": state().d_spectral}
+  expected = jax.jit(discriminator.apply)(variables, images)
+  assert np.std(expected) > 0.1
+  with torch.no_grad():
+    actual = trainer.discriminator.eval()(to_torch(images).permute(0, 3, 1, 2))
+  np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def draws_of_step(key):
+  """Draws as `make_train_step` does; see there for the keys."""
+  c = config()
+  batch, size = c.batch_size, c.data.image_size
+  flip_key, d_key, g_key = jax.random.split(key, 3)
+  d_keys, g_keys = jax.random.split(d_key, 3), jax.random.split(g_key, 3)
+
+  def latents(key):
+    return jax.random.normal(key, (batch, c.generator.latent_dim))
+
+  def augmentation(key):
+    return diff_augment.draw(key, batch, size, **c.augment)
+
+  return (
+    jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1)),
+    (latents(d_keys[0]), augmentation(d_keys[1]), augmentation(d_keys[2])),
+    (latents(g_keys[0]), augmentation(g_keys[2])),
+  )
+
+
+def assert_close(module, expected, before, share):
+  """Asserts equality up to a share of the longest way that a weight went."""
+  actual = module.state_dict()
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    moved = float((value - before[name]).abs().max())
+    # A u of one number is 1 or -1.
+    stays = ("sigma_init", "head_out.u")
+    assert moved > 0 or name.endswith(stays), name
+    np.testing.assert_allclose(
+      actual[name], value, atol=share * moved, rtol=1e-6, err_msg=name
+    )
+
+
+def test_training_step_is_the_same(trainer):
+  images = tiny.random_images(config())
+  step = jax.jit(gan_step.make_train_step(config(), mesh()))
+  after, expected = step(
+    *jax.device_put((state(), images, KEY), partitioning.replicated(mesh()))
+  )
+  draws = to_torch(jax.jit(draws_of_step)(KEY))
+  metrics = trainer.step(torch.from_numpy(images), draws)
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(
+      metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name
+    )
+  convert = torch_vitgan.state_dict_of
+  before = state()
+  for module, params, old_params, spectral in (
+    (trainer.generator, after.g_params, before.g_params, ()),
+    (trainer.generator_ema, after.g_ema_params, before.g_ema_params, ()),
+    (
+      trainer.discriminator,
+      after.d_params,
+      before.d_params,
+      (after.d_spectral, before.d_spectral),
+    ),
+  ):
+    new, old = spectral or (None, None)
+    assert_close(
+      module, convert(params, new), convert(old_params, old), share=1e-2
+    )
