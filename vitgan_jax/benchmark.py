@@ -1,17 +1,21 @@
-"""Measures speed: `python -m vitgan_jax.benchmark {train,data,metrics}`.
+"""Measures speed: `python -m vitgan_jax.benchmark {train,data,metrics,tpu}`.
 
   python -m vitgan_jax.benchmark train --config=configs/digits.py
   python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
   python -m vitgan_jax.benchmark data
   python -m vitgan_jax.benchmark metrics
+  python -m vitgan_jax.benchmark tpu --config=configs/cifar10.py
 
 `train` times the training step of a config on random images. `data` times the
 reading of prepared images, beside tf.data; `metrics` that of Inception's
-features and the metrics, beside torch-fidelity. Nothing is left on the disk.
+features and the metrics, beside torch-fidelity. `tpu` measures nothing: it asks
+the TPU compiler what it expects of a slice of TPUs, which need not be there.
+Nothing is left on the disk.
 """
 
 import importlib
 import json
+import os
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,28 +23,46 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
-_NEEDS_CONFIG = {"train": True, "data": False, "metrics": False}
+_FLAGS = {
+  "train": ("config", "seconds"),
+  "data": ("config", "seconds"),
+  "metrics": ("config", "seconds"),
+  "tpu": ("config", "topology", "batch_per_chip"),
+}
+_NEEDS_CONFIG = ("train", "tpu")
+# Read when JAX or libtpu is loaded. Without them libtpu asks the network for
+# its machine, and keeps every other process from loading it.
+_COMPILER_ONLY = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def main(arguments):
   """Prints the figures of one benchmark."""
   name = arguments[0] if len(arguments) == 1 else None
-  if name not in _NEEDS_CONFIG or (
-    _NEEDS_CONFIG[name] and flags.FLAGS.config is None
+  if name not in _FLAGS or (
+    name in _NEEDS_CONFIG and flags.FLAGS.config is None
   ):
     raise ConfigError(
       "usage: python -m vitgan_jax.benchmark "
-      f"{{{','.join(_NEEDS_CONFIG)}}} [--config=configs/<name>.py] [--json]; "
-      "train needs a config"
+      f"{{{','.join(_FLAGS)}}} [--config=configs/<name>.py] [--json]; "
+      f"{' and '.join(_NEEDS_CONFIG)} need a config"
     )
+  if name == "tpu":
+    os.environ.update(_COMPILER_ONLY)
   module = importlib.import_module(f"vitgan_jax.benchmarks.{name}")
-  results = module.run(flags.FLAGS.config, flags.FLAGS.seconds)
+  results = module.run(*(flags.FLAGS[flag].value for flag in _FLAGS[name]))
   if flags.FLAGS.json:
     print(json.dumps(results))
     return
   for figures in results:
     for key, value in figures.items():
-      print(f"{key:<40}{value}")
+      if isinstance(value, list):
+        print(key, *value or ["none"], sep="\n  ")
+      else:
+        print(f"{key:<40}{value}")
     print()
 
 
@@ -48,4 +70,6 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Config file.")
   flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
   flags.DEFINE_float("seconds", 20.0, "Measure at least this long.")
+  flags.DEFINE_string("topology", "v5e:2x4", "Slice of TPUs to compile for.")
+  flags.DEFINE_integer("batch_per_chip", 128, "Images of a step on each chip.")
   cli.run(main)
