@@ -36,6 +36,10 @@ _COMPILER_ONLY = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  # Any machine does, whatever the topology; without one libtpu prints errors.
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
 }
 
 

@@ -117,13 +117,14 @@ def run(config, topology, batch_per_chip):
         raise ConfigError(
           f"the {name} does not compile for {topology}: {reason}"
         ) from error
+      text = compiled.as_text()
       figures = {
         "program": name,
         "source": "the TPU compiler's estimates: nothing was measured",
         "topology": f"{topology}, {len(devices)} chips",
         "dtype": config.dtype,
         "images_per_chip": images,
-        **summarise(compiled.as_text(), _bundles(dump), chip),
+        **summarise(text, _bundles(dump, text), chip),
       }
       seconds = figures["estimated_ms"] / 1e3
       rate = images * len(devices) / seconds
@@ -294,14 +295,14 @@ def _kernel_key(kernel):
   )
 
 
-def _bundles(folder):
-  """Returns {instruction: bundles, or None} of a dump, and empties it."""
+def _bundles(folder, text):
+  """Returns {kernel: its bundles, or None} of a program, and empties a dump."""
+  kernels = re.findall(r"%(\S+) = .*\"tpu_custom_call\"", text)
   found = {}
   for path in pathlib.Path(folder).iterdir():
     name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
-    # Other instructions have an estimate; their bundles are many gigabytes.
-    if name and "tpu_custom_call" in (text := path.read_text()):
-      found[name[1]] = hlo.bundles(text)
+    if name and name[1] in kernels:
+      found[name[1]] = hlo.bundles(path.read_text())
     path.unlink()
   return found
 
