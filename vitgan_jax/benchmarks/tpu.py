@@ -109,13 +109,13 @@ def run(config, topology, batch_per_chip):
     chip = CHIPS[topology.split(":")[0]]
     results = []
     for name, lower, images, flops in _programs(config, mesh, batch_per_chip):
-      print(f"Compiling the {name} for {topology}", file=sys.stderr, flush=True)
+      print(f"Compiling for {topology}: {name}", file=sys.stderr, flush=True)
       try:
         compiled = lower().compile()
       except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-          f"the {name} does not compile for {topology}: {reason}"
+          f"does not compile for {topology}: {name}: {reason}"
         ) from error
       text = compiled.as_text()
       figures = {
