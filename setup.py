@@ -46,8 +46,14 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    # torch for side-by-side tests of the metrics; see also the Makefile.
-    "test": ["pytest>=8.3", "ruff>=0.8", "torch>=2.13"],
+    # libtpu for its compiler, torch for side-by-side tests of the metrics; see
+    # also the Makefile.
+    "test": [
+      "libtpu>=0.0.42; sys_platform == 'linux'",
+      "pytest>=8.3",
+      "ruff>=0.8",
+      "torch>=2.13",
+    ],
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],

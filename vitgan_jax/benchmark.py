@@ -1,17 +1,19 @@
-"""Measures speed: `python -m vitgan_jax.benchmark {train,sample,data,metrics}`.
+"""Measures speed: `python -m vitgan_jax.benchmark NAME`.
 
   python -m vitgan_jax.benchmark train --config=configs/digits.py
   python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
   python -m vitgan_jax.benchmark sample --config=configs/digits.py
   python -m vitgan_jax.benchmark data
   python -m vitgan_jax.benchmark metrics
+  python -m vitgan_jax.benchmark tpu --config=configs/cifar10.py
 
 `train` times the training step of a config on random images, `sample` the
 drawing of samples, both beside the same networks and objective in PyTorch,
 eager and compiled, on a CPU, if torch is installed. `data` times the reading of
 prepared images, beside tf.data; `metrics` that of Inception's features and the
-metrics, beside torch-fidelity. All that is compared takes turns. Nothing is
-left on the disk.
+metrics, beside torch-fidelity. All that is compared takes turns. `tpu` measures
+nothing: it asks the TPU compiler what it expects of a slice of TPUs, which need
+not be there. Nothing is left on the disk.
 
 PyTorch's threads wait in busy loops. On a machine that does other things, set
 OMP_WAIT_POLICY=passive: without it, PyTorch may be thirty times as slow.
@@ -19,6 +21,7 @@ OMP_WAIT_POLICY=passive: without it, PyTorch may be thirty times as slow.
 
 import importlib
 import json
+import os
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,38 +29,58 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
-_NEEDS_CONFIG = {
-  "train": True,
-  "sample": True,
-  "data": False,
-  "metrics": False,
+_FLAGS = {
+  "train": ("config", "seconds"),
+  "sample": ("config", "seconds"),
+  "data": ("config", "seconds"),
+  "metrics": ("config", "seconds"),
+  "tpu": ("config", "topology", "batch_per_chip"),
+}
+_NEEDS_CONFIG = ("train", "sample", "tpu")
+# Read when JAX or libtpu is loaded. Without them libtpu asks the network for
+# its machine, and keeps every other process from loading it.
+_COMPILER_ONLY = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  # Any machine does, whatever the topology; without one libtpu prints errors.
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
 }
 
 
 def main(arguments):
   """Prints the figures of one benchmark."""
   name = arguments[0] if len(arguments) == 1 else None
-  if name not in _NEEDS_CONFIG or (
-    _NEEDS_CONFIG[name] and flags.FLAGS.config is None
+  if name not in _FLAGS or (
+    name in _NEEDS_CONFIG and flags.FLAGS.config is None
   ):
     raise ConfigError(
       "usage: python -m vitgan_jax.benchmark "
-      f"{{{','.join(_NEEDS_CONFIG)}}} [--config=configs/<name>.py] [--json]; "
-      "train and sample need a config"
+      f"{{{','.join(_FLAGS)}}} [--config=configs/<name>.py] [--json]; "
+      f"{', '.join(_NEEDS_CONFIG)} need a config"
     )
+  if name == "tpu":
+    os.environ.update(_COMPILER_ONLY)
   module = importlib.import_module(f"vitgan_jax.benchmarks.{name}")
-  results = module.run(flags.FLAGS.config, flags.FLAGS.seconds)
+  results = module.run(*(flags.FLAGS[flag].value for flag in _FLAGS[name]))
   if flags.FLAGS.json:
-    print(json.dumps(results))
+    print(json.dumps(list(results)))
     return
   for figures in results:
     for key, value in figures.items():
-      print(f"{key:<40}{value}")
-    print()
+      if isinstance(value, list):
+        print(key, *value or ["none"], sep="\n  ")
+      else:
+        print(f"{key:<40}{value}")
+    print(flush=True)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Config file.")
   flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
   flags.DEFINE_float("seconds", 20.0, "Measure at least this long.")
+  flags.DEFINE_string("topology", "v5e:2x4", "Slice of TPUs to compile for.")
+  flags.DEFINE_integer("batch_per_chip", 128, "Images of a step on each chip.")
   cli.run(main)

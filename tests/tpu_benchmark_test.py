@@ -1,0 +1,271 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10
+from tests import runs
+from vitgan_jax.benchmarks import hlo, tpu
+from vitgan_jax.config import ConfigError
+from vitgan_jax.train_state import build_models
+
+_needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="there is no libtpu"
+)
+
+_HLO = """HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %inside = f32[8]{0} negate(%p), backend_config={"estimated_cycles":"9"}
+}
+
+%inner_condition (c: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %c = (s32[], f32[8]{0:T(128)}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner_body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[], f32[8]{0:T(128)}) parameter(0)
+  %f = f32[8]{0} fusion(%b), kind=kLoop, calls=%fused, \
+backend_config={"window_config":{"estimated_cycles":"1000"}}
+  ROOT %k.2 = (s32[], f32[8]{0}) custom-call(%f, /*index=1*/%f), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{\
+"body":"TUz=","cost_estimate":{"flops":"197000000","bytes_accessed":"1"}}}
+}
+
+%outer_condition (c2: (s32[], f32[8])) -> pred[] {
+  %c2 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %p2 = pred[] get-tuple-element(%c2), index=0
+}
+
+%outer_body (b2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b2 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %inner = (s32[], f32[8]{0}) while(%b2), condition=%inner_condition, \
+body=%inner_body
+}
+
+%cheap (q: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} copy(%q), backend_config={"estimated_cycles":"10"}
+}
+
+%dear (q2: f32[8]) -> f32[8] {
+  ROOT %d = f32[8]{0} copy(%q2), backend_config={"estimated_cycles":"40000"}
+}
+
+%async (q3: f32[8]) -> f32[8] {
+  ROOT %s = f32[8]{0} copy(%q3), backend_config={"estimated_cycles":"200000"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0:T(128)} parameter(0)
+  %outer = (s32[], f32[8]{0}) while(%x), condition=%outer_condition, \
+body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
+  %choice = f32[8]{0} conditional(%x, %x, %x), \
+branch_computations={%cheap, %dear}, metadata={op_name="jit(f)/cond"}
+  %start = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%x), calls=%async
+  %done = f32[8]{0} async-done(%start)
+  %ar = (f32[8]{0}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) \
+all-reduce-start(%x, %x), to_apply=%fused, \
+backend_config={"estimated_cycles":"3000000"}
+  ROOT %end = f32[8]{0} all-reduce-done(%ar)
+}
+"""
+
+_BUNDLES = """
+= control target key start
+LB: loop body
+     0   :  { %s1 = smov 0 } /* entry bundle: tpu_custom_call */
+   0x1 LB: > { %s2 = sphi %s1, %s4 } /* Start region 90 :: Start region 29 */
+   0x2   : > { %p8 = scmp.lt.s32.totalorder %s2, 65 }
+   0x3   : > { %16 = sbr.rel (%p8) target = $region32 }
+   0x4 LB: >> { %s3 = sadd.s32 1, %s5 } /* Start region 79 :: Start region 7 */
+   0x5   : >> { %p7 = scmp.ge.s32.totalorder %s3, 8 /* loop exit test */ }
+   0x6   : >> { %24 = sbr.rel (!%p7) target = $region79 }
+   0x7   : > { %p10 = scmp.ge.s32.totalorder %s4, 10 /* loop exit test */ }
+   0x8   :  { %12 = sbr.rel (!%p10) target = $region90 }
+"""
+
+
+def _total(module):
+  executions = module.executions(lambda x: x.cycles or 0)
+  return sum(x.times * (x.instruction.cycles or 0) for x in executions)
+
+
+def test_cycles_are_summed_over_loops_branches_and_transfers():
+  module = hlo.Module(_HLO)
+  assert _total(module) == 3 * 5 * 1000 + 40000 + 200000 + 3000000
+  assert module.unknown_loops == []
+  module = hlo.Module(_HLO.replace("known_trip_count", "unknown"))
+  assert _total(module) == 5 * 1000 + 40000 + 200000 + 3000000
+  assert module.unknown_loops == ["outer"]
+  with pytest.raises(ValueError, match="entry"):
+    hlo.Module(_HLO.replace("ENTRY ", ""))
+
+
+@pytest.mark.parametrize(
+  "text, size",
+  [
+    ("f32[]{:T(128)}", 4),
+    ("bf16[2,3]{1,0:T(8,128)(2,1)S(1)}", 12),
+    ("(s32[4]{0}, /*index=1*/pred[5], u8[7])", 28),
+  ],
+)
+def test_bytes_of_a_type(text, size):
+  assert hlo.type_bytes(text) == size
+
+
+def test_bundles_are_counted_through_the_loops_of_a_kernel():
+  assert hlo.bundles(_BUNDLES) == 2 + 10 * 4 + 10 * 8 * 3
+  assert hlo.bundles(_BUNDLES.replace("%s4, 10", "%s4, %s9")) is None
+  assert hlo.bundles("") is None
+
+
+def test_a_kernel_is_charged_its_roofline_or_its_bundles():
+  others = 3 * 5 * 1000 + 40000 + 200000 + 3000000
+  chip = tpu.CHIPS["v5e"]
+  figures = tpu.summarise(_HLO, {}, chip)
+  (kernel,) = figures["pallas_kernels"]
+  assert kernel["calls"] == 15
+  assert kernel["roofline_cycles_a_call"] == 1500  # 197 MFLOP at the peak
+  assert "roofline only" in kernel["bundles_a_call"]
+  assert figures["estimated_cycles"] == others + 15 * 1500
+  figures = tpu.summarise(_HLO, {"k.2": 7000}, chip)
+  assert figures["of_them_charged_to_kernels"] == 15 * 7000
+  assert figures["estimated_cycles"] == others + 15 * 7000
+  np.testing.assert_allclose(
+    figures["estimated_ms"], (others + 15 * 7000) / 1.5e6, rtol=1e-3
+  )
+  assert figures["estimated_top_operations"][0]["name"] == "ar"
+  assert figures["collectives_without_estimate"] == [
+    {"kind": "all-reduce", "count": 1, "bytes": 64, "inside_loops": 0}
+  ]
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    {},
+    {"generator.patch_decoder": "linear"},
+    {"generator.patch_decoder": "conv"},
+    {"generator.patch_decoder": "implicit_concat"},
+    {"generator.latent_injection": "token", "generator.attention": "l2"},
+  ],
+  ids=str,
+)
+def test_model_flops_are_those_that_xla_counts(overrides):
+  config = cifar10.get_config()
+  config.update_from_flattened_dict(overrides)
+  generator, discriminator = build_models(config)
+  latents = jnp.zeros((2, config.generator.latent_dim))
+  for model, batch, expected in (
+    (generator, latents, tpu.generator_flops(config)),
+    (discriminator, jnp.zeros((2, 32, 32, 3)), tpu.discriminator_flops(config)),
+  ):
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    lowered = jax.jit(model.apply).lower(variables, batch)
+    counted = lowered.cost_analysis()["flops"] / len(batch)
+    # XLA counts elementwise operations too, and no padding of convolutions.
+    np.testing.assert_allclose(expected, counted, rtol=0.04)
+
+
+def test_step_flops_follow_the_loss():
+  config = cifar10.get_config()
+  g, d = tpu.generator_flops(config), tpu.discriminator_flops(config)
+  assert tpu.step_flops(config) == 4 * g + 14 * d
+  config.loss.bcr_weight = 0.0
+  config.loss.adversarial = "rpgan"
+  assert tpu.step_flops(config) == 4 * g + 9 * d
+
+
+# Inception, which takes a minute, is left out where torch-fidelity is missing.
+_WITHOUT_INCEPTION = """
+import runpy, sys
+sys.modules["torch_fidelity"] = None
+runpy.run_module("vitgan_jax.benchmark", run_name="__main__", alter_sys=True)
+"""
+
+
+def _run(*arguments, program=("-m", "vitgan_jax.benchmark")):
+  environment = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+  }
+  return subprocess.run(
+    [sys.executable, *program, "tpu", *arguments],
+    cwd=runs.ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=1500,
+  )
+
+
+def _check(result, peak):
+  assert result.returncode == 0, result.stderr
+  (line,) = result.stdout.splitlines()
+  step, sampler, *_ = json.loads(line)
+  assert (step["program"], sampler["program"]) == ("training step", "sampler")
+  for figures in (step, sampler):
+    assert figures["loops_of_unknown_length_taken_once"] == []
+    assert figures["estimated_cycles"] > 1e4
+    assert 0 < figures["estimated_mfu"] < peak
+    assert 0 < figures["estimated_hbm_peak_gb"] < 16
+    assert figures["estimated_hbm_headroom_gb"] > 0
+    shares = [x["share"] for x in figures["estimated_top_operations"]]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True)
+  np.testing.assert_allclose(
+    step["estimated_images_per_sec"],
+    8 * step["images_per_chip"] / step["estimated_ms"] * 1000,
+    rtol=1e-3,
+  )
+  (reduction,) = step["collectives_without_estimate"]
+  assert reduction["kind"] == "all-reduce"
+  # The gradients of each network, in bfloat16 and in float32.
+  assert 1 <= reduction["count"] <= 4
+  assert reduction["inside_loops"] == 0
+  return step
+
+
+@_needs_libtpu
+def test_step_compiles_for_a_slice():
+  result = _run(
+    "--config=configs/digits.py:smoke",
+    "--batch_per_chip=8",
+    "--json",
+    program=("-c", _WITHOUT_INCEPTION),
+  )
+  _check(result, peak=0.5)
+  assert "torch-fidelity" in result.stderr
+
+
+@_needs_libtpu
+@pytest.mark.slow  # minutes of compilation
+def test_cifar10_step_compiles_for_a_slice():
+  step = _check(_run("--config=configs/cifar10.py", "--json"), peak=1.0)
+  assert step["estimated_mfu"] > 0.15
+  np.testing.assert_allclose(step["model_tflop_per_chip"], 2.241, rtol=1e-3)
+
+
+@_needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e", "v5e:3by3", "v9:2x4"])
+def test_bad_topology_is_refused(topology, monkeypatch):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  with pytest.raises(ConfigError, match=r"--topology=.*v5p:2x2x1"):
+    tpu._devices(topology)
+
+
+def test_missing_compiler_is_said(monkeypatch):
+  monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
+    tpu._devices("v5e:2x4")
