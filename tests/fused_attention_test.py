@@ -173,7 +173,9 @@ def assert_same(network, fused, variables, inputs):
     return jnp.sum(jnp.sin(y)), y
 
   results = [
-    jax.grad(lambda p, m=module: loss(m, p), has_aux=True)(variables["params"])
+    jax.jit(jax.grad(lambda p, m=module: loss(m, p), has_aux=True))(
+      variables["params"]
+    )
     for module in (network, fused)
   ]
   (expected, y), (gradients, fused_y) = results

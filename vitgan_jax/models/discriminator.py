@@ -72,10 +72,8 @@ class Discriminator(nn.Module):
     class_token = jnp.broadcast_to(class_token, (batch, 1, self.width))
     class_token = class_token.astype(self.dtype)
     patches = patches + positions.astype(self.dtype)
-    is_packed = (
-      self.mesh is not None
-      and not self.conv_qkv
-      and fused_attention.can_pack(batch, self.mesh)
+    is_packed = not self.conv_qkv and fused_attention.can_attend(
+      self.mesh, batch, grid**2 + 1, self.width, self.num_heads, self.dtype
     )
     if is_packed:
       h = fused_attention.pack(patches, class_token)

@@ -1,9 +1,9 @@
 """Attention as one Pallas TPU kernel; an image's scores never leave the chip.
 
 XLA gives one image's heads, matrices of 65 x 64, a tenth of the matrix unit,
-and writes scores and softmax to memory in between. Here one program takes a
-group of images, goes through them one by one, and keeps all in VMEM; backward,
-it computes the scores again.
+and writes scores and softmax to memory in between. Here one program takes some
+heads of a group of images, goes through the images one by one, and keeps all in
+VMEM; backward, it computes the scores again.
 
 Tokens come in rows, see `pack`: with 65 tokens an image, no layout of
 [B, N, D] has images that begin at a multiple of 8 rows, as the chip wants them,
@@ -18,16 +18,35 @@ import math
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 GROUP_SIZE = 16  # images; as many bfloat16 rows fill a register
 _LANES = 128
+_UNROLL = 4  # images: while one waits for the matrix unit, another computes
+_VMEM_BYTES = 32 * 2**20  # of a program; the smallest chip has 64 MB
+# Backward, of three inputs, their gradients and that of the output, each twice:
+# while one is computed with, the next one is read.
+_NUM_BLOCKS = 2 * 7
 
 
-def can_pack(batch, mesh):
-  """Says whether a batch falls into whole groups on each device of a mesh."""
-  return batch % (GROUP_SIZE * mesh.size) == 0
+def can_attend(mesh, batch, num_tokens, width, num_heads, dtype):
+  """Says whether `attend` can be called.
+
+  Args:
+    mesh: the devices, or None, on which it cannot.
+    batch: images on all devices; whole groups on each are needed.
+    num_tokens: of an image. Three quarters of VMEM must hold them.
+    width: of a token.
+    num_heads: divides the width.
+    dtype: of the tokens.
+  """
+  if mesh is None or batch % (GROUP_SIZE * mesh.size):
+    return False
+  lanes = _lanes(width, width // num_heads)
+  block = GROUP_SIZE * num_tokens * lanes * jnp.dtype(dtype).itemsize
+  return _NUM_BLOCKS * block <= 0.75 * _VMEM_BYTES
 
 
 def pack(patches, extra=None):
@@ -114,7 +133,8 @@ def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
   groups, num_rows, width = inputs[0].shape
   has_extra = num_rows > GROUP_SIZE * num_patches
   num_tokens = num_patches + has_extra
-  block = pl.BlockSpec((1, num_rows, width), lambda i: (i, 0, 0))
+  lanes = _lanes(width, head_dim)
+  block = pl.BlockSpec((1, num_rows, lanes), lambda i, j: (i, 0, j))
   # Forward two products of N x N x D for each image, backward five.
   num_products = 2 if num_outputs == 1 else 5
   batch = groups * GROUP_SIZE
@@ -124,7 +144,7 @@ def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
     functools.partial(
       kernel, num_patches=num_patches, head_dim=head_dim, kind=kind
     ),
-    grid=(groups,),
+    grid=(groups, width // lanes),
     in_specs=[block] * len(inputs),
     out_specs=[block] * num_outputs,
     out_shape=[shape] * num_outputs,
@@ -133,6 +153,7 @@ def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
       bytes_accessed=num_bytes * (len(inputs) + num_outputs),
       transcendentals=batch * num_tokens**2 * (width // head_dim),
     ),
+    compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
     interpret=interpret,
     name="attention" if num_outputs == 1 else "attention_backward",
   )(*inputs)
@@ -141,55 +162,58 @@ def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
 def _forward_kernel(*refs, num_patches, head_dim, kind):
   """Attends in one group; refs of queries, keys, values and the output."""
 
-  def attend_image(i, unused_carry):
+  def attend_image(i):
     is_key = _is_key(refs[0], i, num_patches)
-    for lanes, heads in _lanes_and_heads(refs[0], head_dim):
-      queries, keys, values = (
-        _load(ref, i, num_patches, lanes) for ref in refs[:3]
-      )
-      y = 0.0
-      for head in heads:
-        head_keys = jnp.where(head, keys, 0)
-        weights = _weights(queries, head_keys, head_dim, kind, is_key)
-        head_values = jnp.where(head, values, 0)
-        y += _product(weights.astype(values.dtype), head_values, 0, 0)
-      _store(refs[3], y, i, num_patches, lanes)
-    return unused_carry
+    queries, keys, values = (_load(ref, i, num_patches) for ref in refs[:3])
+    y = 0.0
+    for head in _heads(refs[0], head_dim):
+      head_keys = jnp.where(head, keys, 0)
+      weights = _weights(queries, head_keys, head_dim, kind, is_key)
+      head_values = jnp.where(head, values, 0)
+      y += _product(weights.astype(values.dtype), head_values, 0, 0)
+    _store(refs[3], y, i, num_patches)
 
-  lax.fori_loop(0, GROUP_SIZE, attend_image, 0)
+  _for_each_image(attend_image)
 
 
 def _backward_kernel(*refs, num_patches, head_dim, kind):
   """Differentiates one group; refs of three inputs, dy, and three outputs."""
   slope = (2.0 if kind == "l2" else 1.0) / math.sqrt(head_dim)
 
-  def differentiate_image(i, unused_carry):
+  def differentiate_image(i):
     is_key = _is_key(refs[0], i, num_patches)
-    for lanes, heads in _lanes_and_heads(refs[0], head_dim):
-      queries, keys, values, dy = (
-        _load(ref, i, num_patches, lanes) for ref in refs[:4]
-      )
-      if is_key is not None:  # nor are the others' extra tokens queries
-        dy = jnp.where(is_key, dy, 0)
-      d_queries = d_keys = d_values = 0.0
-      for head in heads:
-        head_keys = jnp.where(head, keys, 0)
-        weights = _weights(queries, head_keys, head_dim, kind, is_key)
-        head_dy = jnp.where(head, dy, 0)
-        d_weights = _product(values, head_dy, 1, 1)
-        mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
-        d_logits = weights * (d_weights - mean) * slope
-        d_values += _product(weights.astype(dy.dtype), head_dy, 1, 0)
-        if kind == "l2":  # through -||k||^2
-          d_keys -= head_keys * jnp.sum(d_logits, axis=1, keepdims=True)
-        d_logits = d_logits.astype(keys.dtype)
-        d_queries += _product(d_logits, head_keys, 0, 0)
-        d_keys += _product(d_logits, jnp.where(head, queries, 0), 1, 0)
-      for ref, gradient in zip(refs[4:], (d_queries, d_keys, d_values)):
-        _store(ref, gradient, i, num_patches, lanes)
-    return unused_carry
+    queries, keys, values, dy = (_load(ref, i, num_patches) for ref in refs[:4])
+    if is_key is not None:  # nor are the others' extra tokens queries
+      dy = jnp.where(is_key, dy, 0)
+    d_queries = d_keys = d_values = 0.0
+    for head in _heads(refs[0], head_dim):
+      head_keys = jnp.where(head, keys, 0)
+      weights = _weights(queries, head_keys, head_dim, kind, is_key)
+      head_dy = jnp.where(head, dy, 0)
+      d_weights = _product(values, head_dy, 1, 1)
+      mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+      d_logits = weights * (d_weights - mean) * slope
+      d_values += _product(weights.astype(dy.dtype), head_dy, 1, 0)
+      if kind == "l2":  # through -||k||^2
+        d_keys -= head_keys * jnp.sum(d_logits, axis=1, keepdims=True)
+      d_logits = d_logits.astype(keys.dtype)
+      d_queries += _product(d_logits, head_keys, 0, 0)
+      d_keys += _product(d_logits, jnp.where(head, queries, 0), 1, 0)
+    for ref, gradient in zip(refs[4:], (d_queries, d_keys, d_values)):
+      _store(ref, gradient, i, num_patches)
 
-  lax.fori_loop(0, GROUP_SIZE, differentiate_image, 0)
+  _for_each_image(differentiate_image)
+
+
+def _for_each_image(function):
+  """Calls a function with 0 to GROUP_SIZE - 1."""
+
+  def body(i, carry):
+    for j in range(_UNROLL):
+      function(i * _UNROLL + j)
+    return carry
+
+  lax.fori_loop(0, GROUP_SIZE // _UNROLL, body, 0)
 
 
 def _weights(queries, head_keys, head_dim, kind, is_key):
@@ -213,41 +237,46 @@ def _product(a, b, a_axis, b_axis):
   return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _lanes_and_heads(ref, head_dim):
-  """Lists (lanes, [mask [1, lanes] of a head, ...]): whole registers each.
+def _lanes(width, head_dim):
+  """Returns how many numbers of each token a program takes.
 
-  A head is half a register. Zeros in the other half cost nothing; to move it
-  would.
+  Heads that fill whole registers, or else all of them.
   """
-  width = ref.shape[-1]
-  size = math.lcm(head_dim, _LANES)
-  if width % size:
-    size = width
-  lane = lax.broadcasted_iota(jnp.int32, (1, size), 1)
-  heads = [
+  lanes = math.lcm(head_dim, _LANES)
+  return width if width % lanes else lanes
+
+
+def _heads(ref, head_dim):
+  """Returns a mask [1, lanes] for each head of a program.
+
+  A head of 64 is half a register. Zeros in the other half cost nothing; to move
+  it would.
+  """
+  lanes = ref.shape[-1]
+  lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+  return [
     (lane >= start) & (lane < start + head_dim)
-    for start in range(0, size, head_dim)
+    for start in range(0, lanes, head_dim)
   ]
-  return [(pl.ds(start, size), heads) for start in range(0, width, size)]
 
 
-def _load(ref, i, num_patches, lanes):
+def _load(ref, i, num_patches):
   """Returns patches of image i, and the extra tokens of its whole group."""
   start = pl.multiple_of(i * num_patches, num_patches)
-  tokens = ref[0, pl.ds(start, num_patches), lanes]
+  tokens = ref[0, pl.ds(start, num_patches)]
   if ref.shape[1] == GROUP_SIZE * num_patches:
     return tokens
-  extra = ref[0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE), lanes]
+  extra = ref[0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE)]
   return jnp.concatenate([tokens, extra], axis=0)
 
 
-def _store(ref, tokens, i, num_patches, lanes):
+def _store(ref, tokens, i, num_patches):
   """Writes what belongs to image i of what `_load` returned."""
   tokens = tokens.astype(ref.dtype)
   start = pl.multiple_of(i * num_patches, num_patches)
-  ref[0, pl.ds(start, num_patches), lanes] = tokens[:num_patches]
+  ref[0, pl.ds(start, num_patches)] = tokens[:num_patches]
   if ref.shape[1] > GROUP_SIZE * num_patches:
-    extra = (0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE), lanes)
+    extra = (0, pl.ds(GROUP_SIZE * num_patches, GROUP_SIZE))
     row = lax.broadcasted_iota(jnp.int32, (GROUP_SIZE, 1), 0)
     ref[extra] = jnp.where(row == i, tokens[num_patches:], ref[extra])
 

@@ -121,10 +121,11 @@ class Generator(nn.Module):
         h = jnp.concatenate([token, h], axis=1)
     h = h.astype(self.dtype)
     is_fused = (
-      self.mesh is not None
-      and not self.conv_qkv
+      not self.conv_qkv
       and self.latent_injection != "token"
-      and fused_attention.can_pack(batch, self.mesh)
+      and fused_attention.can_attend(
+        self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
+      )
     )
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
