@@ -185,6 +185,30 @@ def assert_same(network, fused, variables, inputs):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.parametrize(
+  "change, expected",
+  [
+    ({}, True),
+    ({"num_patches": 256}, True),
+    ({"dtype": jnp.float32}, True),
+    ({"num_patches": 1024, "dtype": jnp.float32}, False),  # too much memory
+    ({"num_patches": 36}, False),  # rows that do not fill registers
+    ({"batch": BATCH + 16}, False),  # one and a half groups a device
+    ({"mesh": None}, False),
+  ],
+)
+def test_kernel_is_called_where_it_fits(change, expected):
+  shape = dict(
+    mesh=mesh_of(2),
+    batch=BATCH,
+    num_patches=64,
+    width=384,
+    num_heads=6,
+    dtype=jnp.bfloat16,
+  )
+  assert fused_attention.can_attend(**{**shape, **change}) == expected
+
+
 def test_batch_that_does_not_fall_into_groups_is_attended_plainly(interpreted):
   fields = dict(
     **NETWORK, overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn"

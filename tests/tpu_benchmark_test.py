@@ -240,11 +240,19 @@ def _check(result, peak):
 def test_step_compiles_for_a_slice():
   result = _run(
     "--config=configs/digits.py:smoke",
-    "--batch_per_chip=8",
+    "--batch_per_chip=16",
     "--json",
     program=("-c", _WITHOUT_INCEPTION),
   )
-  _check(result, peak=0.5)
+  step = _check(result, peak=0.5)
+  # One block in each network, of which the discriminator's is called twice; the
+  # generator is called once without a gradient.
+  kernels = {}
+  for kernel in step["pallas_kernels"]:
+    name = kernel["name"]
+    kernels[name] = kernels.get(name, 0) + kernel["calls"]
+    assert kernel["bundles_a_call"] > 100
+  assert kernels == {"attention": 4, "attention_backward": 3}
   assert "torch-fidelity" in result.stderr
 
 

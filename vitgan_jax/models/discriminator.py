@@ -73,7 +73,7 @@ class Discriminator(nn.Module):
     class_token = class_token.astype(self.dtype)
     patches = patches + positions.astype(self.dtype)
     is_packed = not self.conv_qkv and fused_attention.can_attend(
-      self.mesh, batch, grid**2 + 1, self.width, self.num_heads, self.dtype
+      self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
     )
     if is_packed:
       h = fused_attention.pack(patches, class_token)

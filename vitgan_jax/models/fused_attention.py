@@ -25,27 +25,28 @@ from jax.sharding import PartitionSpec
 GROUP_SIZE = 16  # images; as many bfloat16 rows fill a register
 _LANES = 128
 _UNROLL = 4  # images: while one waits for the matrix unit, another computes
-_VMEM_BYTES = 32 * 2**20  # of a program; the smallest chip has 64 MB
+_VMEM_BYTES = 32 * 2**20  # of a program; the compiler's default is 16 MB
 # Backward, of three inputs, their gradients and that of the output, each twice:
 # while one is computed with, the next one is read.
 _NUM_BLOCKS = 2 * 7
 
 
-def can_attend(mesh, batch, num_tokens, width, num_heads, dtype):
+def can_attend(mesh, batch, num_patches, width, num_heads, dtype):
   """Says whether `attend` can be called.
 
   Args:
     mesh: the devices, or None, on which it cannot.
     batch: images on all devices; whole groups on each are needed.
-    num_tokens: of an image. Three quarters of VMEM must hold them.
-    width: of a token.
+    num_patches: of an image; whole registers, and few enough that a group of
+      them, and of all that goes with them, takes three quarters of VMEM.
+    width: of a patch's token.
     num_heads: divides the width.
     dtype: of the tokens.
   """
-  if mesh is None or batch % (GROUP_SIZE * mesh.size):
+  if mesh is None or batch % (GROUP_SIZE * mesh.size) or num_patches % 16:
     return False
   lanes = _lanes(width, width // num_heads)
-  block = GROUP_SIZE * num_tokens * lanes * jnp.dtype(dtype).itemsize
+  block = GROUP_SIZE * num_patches * lanes * jnp.dtype(dtype).itemsize
   return _NUM_BLOCKS * block <= 0.75 * _VMEM_BYTES
 
 
