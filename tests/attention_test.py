@@ -97,13 +97,22 @@ def reference_attention(params, x, num_heads, kind, qk_gain=1.0):
   return dense(params["out"], np.concatenate(outputs, axis=-1)), weights
 
 
+# Of width 6, without a scale or a shift.
+NORM = ({}, {"scale": np.ones((1, 6)), "shift": np.zeros((1, 6))})
+
+
 @pytest.mark.parametrize("kind", ["l2", "dot"])
 def test_multi_head_attention_matches_loop_over_heads(kind):
   x = normal(2, 5, 6)
   module = MultiHeadAttention(num_heads=3, kind=kind, conv=False, qk_gain=0.5)
-  params = init_params(module, x)
-  y, state = module.apply({"params": params}, x, mutable="intermediates")
-  expected, weights = reference_attention(params, x, 3, kind, qk_gain=0.5)
+  params = init_params(module, x, *NORM)
+  (_, y, out), state = module.apply(
+    {"params": params}, x, *NORM, mutable="intermediates"
+  )
+  y = y @ out[0] + out[1]
+  expected, weights = reference_attention(
+    params, standardise(x), 3, kind, qk_gain=0.5
+  )
   assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
   entropy = -np.sum(weights * np.log(weights), axis=-1).mean() / np.log(5)
   (sown,) = state["intermediates"]["attention_entropy"]
@@ -114,7 +123,9 @@ def test_multi_head_attention_matches_loop_over_heads(kind):
 def test_only_l2_attention_ties_query_and_key(conv):
   def parameters(kind):
     module = MultiHeadAttention(num_heads=2, kind=kind, conv=conv)
-    variables = jax.eval_shape(module.init, jax.random.key(0), normal(1, 4, 6))
+    variables = jax.eval_shape(
+      module.init, jax.random.key(0), normal(1, 4, 6), *NORM
+    )
     return set(variables["params"])
 
   assert parameters("l2") == {"query", "value", "out"}
@@ -127,21 +138,21 @@ def test_convolution_that_sees_only_its_centre_is_the_dense_projection():
     MultiHeadAttention(num_heads=2, kind="dot", conv=conv)
     for conv in (False, True)
   ]
-  params = init_params(modules[0], x)
+  params = init_params(modules[0], x, *NORM)
   conv_params = dict(params)
   for name in ("query", "key", "value"):
     kernel = np.zeros((3, 3, width, width), np.float32)
     # The scales are 1 / sqrt(width) and 1 / sqrt(9 width).
     kernel[1, 1] = 3.0 * params[name]["kernel"]
     conv_params[name] = {**params[name], "kernel": kernel}
-  expected = apply(modules[0], params, x)
-  y = apply(modules[1], conv_params, x)
+  _, expected, _ = apply(modules[0], params, x, *NORM)
+  _, y, _ = apply(modules[1], conv_params, x, *NORM)
   assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def reference_norm(params, h, w=None):
   if w is None:
-    return standardise(h) * params["norm"]["scale"] + params["norm"]["bias"]
+    return standardise(h) * params["scale"] + params["bias"]
   modulation = dense(params["modulation"], w)[:, None]
   gamma, beta = np.split(modulation, 2, axis=-1)
   return gamma * standardise(h) + beta

@@ -78,7 +78,7 @@ def test_discriminator_matches_its_parts(overlap):
   h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
   y = np.asarray(h[:, 0])  # the class token
   y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
-  norm = params["norm_out"]["norm"]
+  norm = params["norm_out"]
   y = y * norm["scale"] + norm["bias"]
   expected = dense(params["head_out"], gelu(dense(params["head_in"], y)))[:, 0]
   logits = jax.jit(discriminator.apply)(variables, images)

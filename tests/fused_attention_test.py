@@ -1,12 +1,14 @@
 """The kernel, interpreted on a CPU, against the plain form of attention."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vitgan_jax import partitioning
-from vitgan_jax.models import attention, fused_attention
+from vitgan_jax.models import attention, fused_attention, fused_rows
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.generator import Generator
 
@@ -25,14 +27,17 @@ NETWORK = dict(
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Has kernels run on a CPU; counts the calls of `attend`."""
-  attend, calls = fused_attention.attend, []
+  """Has kernels run on a CPU; returns the kinds of `attend`'s calls."""
+  attend, apply, calls = fused_attention.attend, fused_rows.apply, []
 
   def interpret(*args, **kwargs):
     calls.append(kwargs["kind"])
     return attend(*args, **kwargs, interpret=True)
 
   monkeypatch.setattr(fused_attention, "attend", interpret)
+  monkeypatch.setattr(
+    fused_rows, "apply", functools.partial(apply, interpret=True)
+  )
   return calls
 
 
@@ -40,12 +45,11 @@ def mesh_of(num_devices):
   return partitioning.create_mesh(jax.devices()[:num_devices])
 
 
-def plain(queries, keys, values, num_heads, kind):
+def plain(*inputs, num_heads, kind):
   """Attends head by head to [B, N, D]."""
   y = []
-  for q, k, v in zip(
-    *(jnp.split(x, num_heads, axis=-1) for x in (queries, keys, values))
-  ):
+  for head in zip(*(jnp.split(x, num_heads, axis=-1) for x in inputs)):
+    q, k, v = head[0], head[-2], head[-1]
     y.append(attention.attention_weights(q, k, kind).astype(v.dtype) @ v)
   return jnp.concatenate(y, axis=-1)
 
@@ -84,8 +88,10 @@ def test_kernel_is_plain_attention_with_its_gradient(
   shape = (4, BATCH, num_patches + num_extra, width)
   *inputs, dy = jax.random.normal(jax.random.key(1), shape)
   if kind == "l2":  # of unit variance, each token would see itself alone
-    inputs[:2] = [0.4 * x for x in inputs[:2]]
-  expected, vjp = jax.vjp(lambda *x: plain(*x, num_heads, kind), *inputs)
+    inputs = [0.4 * inputs[0], inputs[-1]]
+  expected, vjp = jax.vjp(
+    lambda *x: plain(*x, num_heads=num_heads, kind=kind), *inputs
+  )
 
   def kernel(*inputs):
     y = fused_attention.attend(
@@ -110,12 +116,14 @@ def test_tokens_of_the_grid_alone_need_no_packing():
   inputs = jax.random.normal(jax.random.key(2), (3, BATCH, 16, 48))
   common = dict(num_patches=16, num_heads=3, kind="dot", mesh=mesh_of(1))
   y = fused_attention.attend(*inputs, **common, interpret=True)
-  np.testing.assert_allclose(y, plain(*inputs, 3, "dot"), atol=1e-5)
+  np.testing.assert_allclose(
+    y, plain(*inputs, num_heads=3, kind="dot"), atol=1e-5
+  )
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
-  inputs = 0.4 * jax.random.normal(jax.random.key(3), (3, BATCH, 16, 128))
-  exact = plain(*inputs, 2, "l2")
+  inputs = 0.4 * jax.random.normal(jax.random.key(3), (2, BATCH, 16, 128))
+  exact = plain(*inputs, num_heads=2, kind="l2")
   rounded = inputs.astype(jnp.bfloat16)
   y = fused_attention.attend(
     *rounded,
@@ -126,7 +134,9 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
     interpret=True,
   )
   error = np.abs(y.astype(jnp.float32) - exact).max()
-  plain_error = np.abs(plain(*rounded, 2, "l2").astype(jnp.float32) - exact)
+  plain_error = np.abs(
+    plain(*rounded, num_heads=2, kind="l2").astype(jnp.float32) - exact
+  )
   assert y.dtype == jnp.bfloat16
   assert 0 < error < 1.5 * plain_error.max()
 

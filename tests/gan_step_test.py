@@ -616,7 +616,9 @@ def assert_close_but_for_order(actual, expected):
   """Compares gradients and parameters after sums in another order.
 
   With b1 = 0 Adam divides by about |g|, and so makes much of the rounding of
-  the smallest gradients: parameters may differ by a hundredth of an update.
+  the smallest gradients, even of their sign. Parameters may differ by a
+  hundredth of an update where the gradient is clear of its own tolerance, and
+  by two updates elsewhere.
   """
   for network, *trees in zip("gd", gradients(actual), gradients(expected)):
     rate = config_of("default").optimizer[f"{network}_learning_rate"]
@@ -627,9 +629,10 @@ def assert_close_but_for_order(actual, expected):
       np.testing.assert_allclose(
         g, expected_g, atol=1e-5 * np.max(np.abs(expected_g)), err_msg=name
       )
-      np.testing.assert_allclose(
-        p, expected_p, rtol=2e-7, atol=0.01 * rate, err_msg=name
-      )
+      is_clear = np.abs(expected_g) > 1e-3 * np.max(np.abs(expected_g))
+      updates = np.where(is_clear, 0.01, 2.0)
+      excess = np.abs(p - expected_p) - 2e-7 * np.abs(expected_p)
+      assert np.all(excess <= updates * rate), name
 
 
 def test_state_and_metrics_stay_float32_under_bfloat16(state, images):

@@ -88,7 +88,7 @@ def test_generator_without_blocks_matches_numpy(latent_injection):
       gamma, beta = np.split(dense(norm["modulation"], w[b]), 2)
       y = gamma * standardise(h) + beta
     else:
-      y = standardise(h) * norm["norm"]["scale"] + norm["norm"]["bias"]
+      y = standardise(h) * norm["scale"] + norm["bias"]
     tile = dense(params["decoder"]["rgb"], y).reshape(4, 4, 3)
     pixels = images[b, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
     assert_allclose(pixels, tile, rtol=1e-4, atol=1e-4)

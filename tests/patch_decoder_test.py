@@ -8,11 +8,11 @@ import pytest
 
 from tests.reference import apply, init_params, normal
 from vitgan_jax.models.patch_decoder import (
+  ConcatDecoder,
   ConvDecoder,
   ImplicitDecoder,
   LinearDecoder,
   ModulatedConv,
-  modulated_hidden,
 )
 
 
@@ -30,14 +30,6 @@ def modulate(kernel, style):
   kernel = kernel * style[:, None]
   axes = tuple(range(kernel.ndim - 1))
   return kernel / np.sqrt(np.sum(kernel**2, axis=axes) + 1e-8)
-
-
-def test_modulated_hidden_matches_weights_per_patch():
-  features, styles, kernel = normal(4, 6), normal(3, 6), normal(6, 5)
-  hidden = modulated_hidden(features, styles, kernel)
-  for patch, style in enumerate(styles):
-    expected = features @ modulate(kernel, style)
-    assert_allclose(hidden[patch], expected, rtol=1e-4, atol=1e-5)
 
 
 def fourier_features(params, patch_size, scale):
@@ -59,7 +51,7 @@ def assert_tiles(images, tiles):
 
 def test_modulated_decoder_matches_weights_per_patch():
   y = normal(2, 4, 5)
-  decoder = ImplicitDecoder(3, 8, 2.0, "modulate")
+  decoder = ImplicitDecoder(3, 8, 2.0)
   params = init_params(decoder, y)
   features = fourier_features(params, 3, 2.0)
   kernel = params["hidden_kernel"] / np.sqrt(8)
@@ -76,7 +68,7 @@ def test_modulated_decoder_matches_weights_per_patch():
 
 def test_concat_decoder_matches_a_layer_on_the_concatenation():
   y = normal(2, 4, 8)
-  decoder = ImplicitDecoder(3, 8, 2.0, "concat")
+  decoder = ConcatDecoder(3, 8, 2.0)
   params = init_params(decoder, y)
   features = fourier_features(params, 3, 2.0)
   layer = {
@@ -103,8 +95,8 @@ def test_linear_decoder_is_a_dense_layer_per_patch():
 @pytest.mark.parametrize(
   "decoder",
   [
-    ImplicitDecoder(4, 8, 2.0, "modulate"),
-    ImplicitDecoder(4, 8, 2.0, "concat"),
+    ImplicitDecoder(4, 8, 2.0),
+    ConcatDecoder(4, 8, 2.0),
     LinearDecoder(4),
   ],
 )
@@ -167,9 +159,9 @@ def test_conv_decoder_matches_numpy():
   assert_allclose(images, dense(params["rgb"], x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("condition", ["modulate", "concat"])
-def test_images_start_at_the_scale_of_the_data(condition):
+@pytest.mark.parametrize("decoder_class", [ImplicitDecoder, ConcatDecoder])
+def test_images_start_at_the_scale_of_the_data(decoder_class):
   y = normal(4, 4, 64)
-  decoder = ImplicitDecoder(4, 64, 3.0, condition)
+  decoder = decoder_class(4, 64, 3.0)
   images, _ = jax.jit(decoder.init_with_output)(jax.random.key(0), y)
   assert 0.3 < jnp.std(images) < 3.0

@@ -259,7 +259,8 @@ def test_projections_of_all_heads_are_normalised_as_one_matrix():
   module = MultiHeadAttention(
     num_heads=4, kind="dot", conv=False, qk_gain=0.5, spectral_norm="isn"
   )
-  params, spectral = init_spectral(module, normal(1, 4, 16))
+  norm = {"scale": np.ones((1, 16)), "shift": np.zeros((1, 16))}
+  params, spectral = init_spectral(module, normal(1, 4, 16), {}, norm)
   for name, gain in dict(query=0.5, key=0.5, value=1.0, out=1.0).items():
     sigma = np.linalg.norm(gain * params[f"{name}.kernel"] / np.sqrt(16), 2)
     assert_allclose(spectral[f"{name}.norm.sigma_init"], sigma, rtol=1e-5)

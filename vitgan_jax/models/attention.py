@@ -1,5 +1,6 @@
 """Dot-product and tied L2 attention, and the transformer block of both nets."""
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.models import fused_attention
-from vitgan_jax.models.layers import Dense, TokenConv
+from vitgan_jax.models import fused_attention, fused_rows
+from vitgan_jax.models.layers import Dense, TokenConv, modulated_norm
 
 
 def attention_weights(queries, keys, kind):
@@ -44,7 +45,7 @@ def relative_entropy(weights):
 
 
 class MultiHeadAttention(nn.Module):
-  """Multi-head self-attention.
+  """Multi-head self-attention of normalised tokens, but for the last layer.
 
   With "l2" one projection serves as query and key: only tied weights make L2
   attention Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
@@ -56,9 +57,10 @@ class MultiHeadAttention(nn.Module):
     conv: whether query, key and value are 3x3 convolutions over the tokens.
     qk_gain: gain of the query and key projections at init.
     spectral_norm: "isn", "sn" or "none".
-    num_patches: if not 0, `fused_attention` attends; so many tokens are
-      patches, and if there are others, they are packed as it says.
-    mesh: the devices of the kernel.
+    num_patches: of the tokens of an image, if they are packed for
+      `fused_attention`.
+    mesh: TPU devices to attend on by `fused_attention`, and to project on by
+      `fused_rows`; None is the plain form.
     dtype: of the computation; logits and softmax are float32.
   """
 
@@ -72,45 +74,72 @@ class MultiHeadAttention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """Maps [B, N, D] to [B, N, D], or packed tokens to packed tokens."""
-    batch, num_tokens, width = x.shape
+  def __call__(self, x, rows, shared):
+    """Maps [B, N, D], or packed tokens, and their norm's weights.
+
+    Args:
+      x: the tokens, to be normalised by `modulated_norm`.
+      rows: weights of the norm; see `LayerNorm` and `SelfModulatedLayerNorm`.
+      shared: likewise.
+
+    Returns:
+      (x; the attended values, of its shape; weights of the dense layer that
+      comes next).
+    """
+    width = x.shape[-1]
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
 
-    def project(name, gain=1.0, use_bias=True):
+    def projection(name, gain=1.0, use_bias=True):
       layer = TokenConv if self.conv else Dense
-      y = layer(width, use_bias, gain=gain, name=name, **common)(x)
-      if self.num_patches:
-        return y
-      # Heads become part of the batch: [B * H, N, d].
-      y = y.reshape(batch, num_tokens, self.num_heads, -1)
-      return y.swapaxes(1, 2).reshape(batch * self.num_heads, num_tokens, -1)
+      return layer(width, use_bias, gain=gain, name=name, **common)
 
     # A bias that shifts all keys alike cancels in the softmax: its gradient is
     # rounding noise, which Adam would blow up to steps of full size.
     if self.kind == "l2":
-      queries = keys = project("query", self.qk_gain, use_bias=False)
+      layers = [projection("query", self.qk_gain, use_bias=False)]
     else:
-      queries = project("query", self.qk_gain)
-      keys = project("key", self.qk_gain, use_bias=False)
-    values = project("value")
-    if self.num_patches:
+      layers = [
+        projection("query", self.qk_gain),
+        projection("key", self.qk_gain, use_bias=False),
+      ]
+    layers.append(projection("value"))
+    apply = functools.partial(
+      fused_rows.apply, dtype=self.dtype, mesh=self.mesh
+    )
+    if self.conv:
+      y = apply(modulated_norm, x, rows, shared)
+      projected = [layer(y) for layer in layers]
+    else:
+      layers = [layer.weights(width) for layer in layers]
+      x, *projected = apply(_project, x, rows, {**shared, "layers": layers})
+    if self.mesh is None:
+      y = self._attend(*projected)
+    else:
       y = fused_attention.attend(
-        queries,
-        keys,
-        values,
+        *projected,
         num_patches=self.num_patches,
         num_heads=self.num_heads,
         kind=self.kind,
         mesh=self.mesh,
       )
-      return Dense(width, name="out", **common)(y)
+    return x, y, Dense(width, name="out", **common).weights(width)
+
+  def _attend(self, *inputs):
+    """Attends to queries, keys, if they are not tied, and values."""
+    batch, num_tokens, width = inputs[0].shape
+
+    def split(x):
+      # Heads become part of the batch: [B * H, N, d].
+      x = x.reshape(batch, num_tokens, self.num_heads, -1)
+      return x.swapaxes(1, 2).reshape(batch * self.num_heads, num_tokens, -1)
+
+    inputs = [split(x) for x in inputs]
+    queries, keys, values = inputs[0], inputs[-2], inputs[-1]
     weights = attention_weights(queries, keys, self.kind)
     self.sow("intermediates", "attention_entropy", relative_entropy(weights))
     y = jnp.einsum("bnm,bmd->bnd", weights.astype(self.dtype), values)
     y = y.reshape(batch, self.num_heads, num_tokens, -1)
-    y = y.swapaxes(1, 2).reshape(batch, num_tokens, width)
-    return Dense(width, name="out", **common)(y)
+    return y.swapaxes(1, 2).reshape(batch, num_tokens, width)
 
 
 class TransformerBlock(nn.Module):
@@ -120,10 +149,12 @@ class TransformerBlock(nn.Module):
   no identity path would lead through the network.
 
   Attributes:
-    norm: class of the normalisation layers, called as `norm(dtype)(h, *w)`.
+    norm: class of the normalisation layers, LayerNorm or
+      SelfModulatedLayerNorm.
     mlp_dim: hidden width of the MLP, whose activation is the tanh GELU.
-    attention: keyword arguments of MultiHeadAttention, but for the next two.
+    attention: keyword arguments of MultiHeadAttention, but for the rest.
     spectral_norm: of every dense layer.
+    mesh: see MultiHeadAttention.
     dtype: of the computation.
   """
 
@@ -131,15 +162,44 @@ class TransformerBlock(nn.Module):
   mlp_dim: int
   attention: Any
   spectral_norm: str = "none"
+  mesh: Any = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, h, *w):
     """Maps h [B, N, D] to [B, N, D]; `w` are arguments for the norms."""
+    width = h.shape[-1]
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
-    y = self.norm(self.dtype, name="norm_attention")(h, *w)
-    h = h + MultiHeadAttention(**self.attention, **common, name="attention")(y)
-    y = self.norm(self.dtype, name="norm_mlp")(h, *w)
-    y = Dense(self.mlp_dim, name="mlp_in", **common)(y)
-    y = Dense(h.shape[-1], name="mlp_out", **common)(jax.nn.gelu(y))
-    return h + y
+    norm = self.norm(self.dtype, name="norm_attention")
+    attention = MultiHeadAttention(
+      **self.attention, **common, mesh=self.mesh, name="attention"
+    )
+    h, attended, out = attention(h, *norm.weights(width, *w))
+    norm = self.norm(self.dtype, name="norm_mlp")
+    rows, shared = norm.weights(width, *w)
+    mlp = (
+      Dense(self.mlp_dim, name="mlp_in", **common).weights(width),
+      Dense(width, name="mlp_out", **common).weights(self.mlp_dim),
+    )
+    return fused_rows.apply(
+      _mlp,
+      h,
+      {**rows, "attended": attended},
+      {**shared, "out": out, "mlp": mlp},
+      dtype=self.dtype,
+      mesh=self.mesh,
+    )
+
+
+def _project(layer, x, scale, shift, layers):
+  y = modulated_norm(layer, x, scale, shift)
+  # With x, whose gradients from here and from the skip are then summed where
+  # they are computed; a sum of two arrays takes as long as a kernel.
+  return [x, *(layer(y, *weights) for weights in layers)]
+
+
+def _mlp(layer, h, attended, scale, shift, out, mlp):
+  h = h + layer(attended, *out)
+  y = modulated_norm(layer, h, scale, shift)
+  mlp_in, mlp_out = mlp
+  return h + layer(jax.nn.gelu(layer(y, *mlp_in)), *mlp_out)

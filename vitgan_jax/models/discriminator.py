@@ -89,9 +89,9 @@ class Discriminator(nn.Module):
           kind=self.attention,
           qk_gain=self.qk_gain,
           conv=self.conv_qkv,
-          num_patches=grid**2 if is_packed else 0,
-          mesh=self.mesh,
+          num_patches=grid**2,
         ),
+        mesh=self.mesh if is_packed else None,
         name=f"block{i}",
         **common,
       )(h)

@@ -74,54 +74,53 @@ def unpack(rows, num_patches):
   return patches.reshape(-1, num_patches, width), extra
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _attend(queries, keys, values, num_patches, head_dim, kind, interpret):
-  static = (num_patches, head_dim, kind, interpret)
-  return _call(_forward_kernel, 1, (queries, keys, values), *static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _attend(inputs, *static):
+  return _call(_forward_kernel, 1, inputs, *static)[0]
 
 
-def _attend_forward(queries, keys, values, *static):
-  return _attend(queries, keys, values, *static), (queries, keys, values)
+def _attend_forward(inputs, *static):
+  return _attend(inputs, *static), inputs
 
 
 def _attend_backward(*args):
-  *static, inputs, output_gradient = args
-  return tuple(_call(_backward_kernel, 3, (*inputs, output_gradient), *static))
+  *static, inputs, dy = args
+  gradients = _call(_backward_kernel, len(inputs), (*inputs, dy), *static)
+  return (tuple(gradients),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(
-  queries, keys, values, *, num_patches, num_heads, kind, mesh, interpret=False
-):
+def attend(*inputs, num_patches, num_heads, kind, mesh, interpret=False):
   """Returns multi-head attention in the shape of the queries.
 
   There is no second derivative: gradient penalties take the plain form.
 
   Args:
-    queries: [B / GROUP_SIZE, R, D], see `pack`; or [B, num_patches, D], whose
-      rows are those already.
-    keys: likewise.
-    values: likewise.
+    *inputs: queries, which with "l2" are the keys too, or queries and keys, and
+      then values; each [B / GROUP_SIZE, R, D], see `pack`, or
+      [B, num_patches, D], whose rows are those already.
     num_patches: tokens of an image, without the extra one.
     num_heads: divides D.
     kind: "l2" or "dot".
     mesh: devices that share the batch: the compiler cannot divide kernels.
     interpret: runs the kernel as ordinary operations, on any device.
   """
-  width = queries.shape[-1]
+  width = inputs[0].shape[-1]
   head_dim = width // num_heads
   spec = PartitionSpec(mesh.axis_names)
 
   def local(*inputs):
-    rows = [x.reshape(-1, _num_rows(x, num_patches), width) for x in inputs]
-    y = _attend(*rows, num_patches, head_dim, kind, interpret)
+    rows = tuple(
+      x.reshape(-1, _num_rows(x, num_patches), width) for x in inputs
+    )
+    y = _attend(rows, num_patches, head_dim, kind, interpret)
     return y.reshape(inputs[0].shape)
 
   return jax.shard_map(
     local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-  )(queries, keys, values)
+  )(*inputs)
 
 
 def _num_rows(x, num_patches):
@@ -161,29 +160,33 @@ def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):
 
 
 def _forward_kernel(*refs, num_patches, head_dim, kind):
-  """Attends in one group; refs of queries, keys, values and the output."""
+  """Attends in one group; refs of the inputs and the output."""
+  *input_refs, output_ref = refs
 
   def attend_image(i):
     is_key = _is_key(refs[0], i, num_patches)
-    queries, keys, values = (_load(ref, i, num_patches) for ref in refs[:3])
+    inputs = [_load(ref, i, num_patches) for ref in input_refs]
+    queries, keys, values = inputs[0], inputs[-2], inputs[-1]
     y = 0.0
     for head in _heads(refs[0], head_dim):
       head_keys = jnp.where(head, keys, 0)
       weights = _weights(queries, head_keys, head_dim, kind, is_key)
       head_values = jnp.where(head, values, 0)
       y += _product(weights.astype(values.dtype), head_values, 0, 0)
-    _store(refs[3], y, i, num_patches)
+    _store(output_ref, y, i, num_patches)
 
   _for_each_image(attend_image)
 
 
 def _backward_kernel(*refs, num_patches, head_dim, kind):
-  """Differentiates one group; refs of three inputs, dy, and three outputs."""
+  """Differentiates one group; refs of the inputs, dy, and their gradients."""
+  num_inputs = len(refs) // 2
   slope = (2.0 if kind == "l2" else 1.0) / math.sqrt(head_dim)
 
   def differentiate_image(i):
     is_key = _is_key(refs[0], i, num_patches)
-    queries, keys, values, dy = (_load(ref, i, num_patches) for ref in refs[:4])
+    *inputs, dy = [_load(ref, i, num_patches) for ref in refs[: num_inputs + 1]]
+    queries, keys, values = inputs[0], inputs[-2], inputs[-1]
     if is_key is not None:  # nor are the others' extra tokens queries
       dy = jnp.where(is_key, dy, 0)
     d_queries = d_keys = d_values = 0.0
@@ -200,7 +203,10 @@ def _backward_kernel(*refs, num_patches, head_dim, kind):
       d_logits = d_logits.astype(keys.dtype)
       d_queries += _product(d_logits, head_keys, 0, 0)
       d_keys += _product(d_logits, jnp.where(head, queries, 0), 1, 0)
-    for ref, gradient in zip(refs[4:], (d_queries, d_keys, d_values)):
+    gradients = [d_queries, d_keys, d_values]
+    if num_inputs == 2:
+      gradients = [d_queries + d_keys, d_values]
+    for ref, gradient in zip(refs[num_inputs + 1 :], gradients):
       _store(ref, gradient, i, num_patches)
 
   _for_each_image(differentiate_image)

@@ -16,6 +16,7 @@ from vitgan_jax.models.layers import (
   leaky_relu,
 )
 from vitgan_jax.models.patch_decoder import (
+  ConcatDecoder,
   ConvDecoder,
   ImplicitDecoder,
   LinearDecoder,
@@ -127,6 +128,7 @@ class Generator(nn.Module):
         self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
       )
     )
+    mesh = self.mesh if is_fused else None
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -136,17 +138,17 @@ class Generator(nn.Module):
           num_heads=self.num_heads,
           kind=self.attention,
           conv=self.conv_qkv,
-          num_patches=grid**2 if is_fused else 0,
-          mesh=self.mesh,
+          num_patches=grid**2,
         ),
+        mesh=mesh,
         dtype=self.dtype,
         name=f"block{i}",
       )(h, *condition)
-    y = norm(self.dtype, name="norm_out")(h, *condition)
-    images = self._decode(y[:, -(grid**2) :], w)
+    y = norm(self.dtype, mesh, name="norm_out")(h, *condition)
+    images = self._decode(y[:, -(grid**2) :], w, mesh)
     return images.astype(jnp.float32)
 
-  def _decode(self, embeddings, w):
+  def _decode(self, embeddings, w, mesh):
     if self.patch_decoder == "linear":
       decoder = LinearDecoder(self.patch_size, self.dtype, name="decoder")
       return decoder(embeddings)
@@ -155,13 +157,8 @@ class Generator(nn.Module):
         self.patch_size, self.decoder_dim, self.dtype, name="decoder"
       )
       return decoder(embeddings, w)
-    condition = {"implicit": "modulate", "implicit_concat": "concat"}
-    decoder = ImplicitDecoder(
-      self.patch_size,
-      self.decoder_dim,
-      self.fourier_scale,
-      condition[self.patch_decoder],
-      self.dtype,
-      name="decoder",
-    )
+    common = (self.patch_size, self.decoder_dim, self.fourier_scale)
+    if self.patch_decoder == "implicit_concat":
+      return ConcatDecoder(*common, self.dtype, name="decoder")(embeddings)
+    decoder = ImplicitDecoder(*common, mesh, self.dtype, name="decoder")
     return decoder(embeddings)

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from vitgan_jax.models import fused_rows
 from vitgan_jax.models.spectral_norm import SpectralNorm
 
 LAYER_NORM_EPSILON = 1e-6
@@ -43,36 +44,39 @@ class _Equalized(nn.Module):
   spectral_norm: str = "none"
   dtype: Any = jnp.float32
 
-  def _kernel(self, shape):
+  @nn.compact
+  def weights(self, *fan_in):
+    """Returns (kernel [*fan_in, features], bias [features] or None), float32.
+
+    As they are applied: scaled, the kernel normalised.
+    """
     init = nn.initializers.normal(1.0 / self.lr_multiplier)
+    shape = (*fan_in, self.features)
     kernel = self.param("kernel", init, shape, jnp.float32)
-    scale = self.gain * self.lr_multiplier / np.sqrt(np.prod(shape[:-1]))
+    scale = self.gain * self.lr_multiplier / np.sqrt(np.prod(fan_in))
     kernel = SpectralNorm(self.spectral_norm, name="norm")(kernel * scale)
-    return kernel.astype(self.dtype)
-
-  def _add_bias(self, x):
     if not self.use_bias:
-      return x
+      return kernel, None
 
-    def init(unused_key, shape, dtype):
+    def init_bias(unused_key, shape, dtype):
       value = jnp.asarray(self.bias_init, dtype) / self.lr_multiplier
       return jnp.broadcast_to(value, shape)
 
-    bias = self.param("bias", init, (self.features,), jnp.float32)
-    return x + (bias * self.lr_multiplier).astype(x.dtype)
+    bias = self.param("bias", init_bias, (self.features,), jnp.float32)
+    return kernel, bias * self.lr_multiplier
 
 
 class Dense(_Equalized):
   """A dense layer with equalized learning rate."""
 
-  @nn.compact
   def __call__(self, x):
     """Maps [..., in] to [..., features]."""
-    kernel = self._kernel((x.shape[-1], self.features))
+    fan_in = x.shape[-1]
     # A matrix product with one batch dimension: the weight gradient of the
     # [B, N, D] form runs at half the speed on a CPU.
-    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
-    return self._add_bias(y).reshape(*x.shape[:-1], self.features)
+    rows = x.reshape(-1, fan_in).astype(self.dtype)
+    y = fused_rows.dense(rows, *self.weights(fan_in), self.dtype, self.dtype)
+    return y.reshape(*x.shape[:-1], self.features)
 
 
 class TokenConv(_Equalized):
@@ -83,20 +87,19 @@ class TokenConv(_Equalized):
   a [9 * in, features] matrix.
   """
 
-  @nn.compact
   def __call__(self, x):
     """Maps [B, N, in] to [B, N, features], or [B, 1 + N, ...] likewise."""
     batch, num_tokens, width = x.shape
     grid = int(np.sqrt(num_tokens))  # a leading token does not change the floor
-    kernel = self._kernel((3, 3, width, self.features))
+    kernel, bias = self.weights(3, 3, width)
+    kernel = kernel.astype(self.dtype)
     extra, patches = jnp.split(
       x.astype(self.dtype), [num_tokens - grid**2], axis=1
     )
     patches = conv3x3(patches.reshape(batch, grid, grid, width), kernel)
     patches = patches.reshape(batch, grid**2, self.features)
-    return self._add_bias(
-      jnp.concatenate([extra @ kernel[1, 1], patches], axis=1)
-    )
+    y = jnp.concatenate([extra @ kernel[1, 1], patches], axis=1)
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 def conv3x3(x, kernel):
@@ -106,44 +109,71 @@ def conv3x3(x, kernel):
   )
 
 
-class LayerNorm(nn.Module):
-  """LayerNorm with float32 statistics."""
+def modulated_norm(unused_layer, x, scale, shift):
+  """Returns the LayerNorm of each row of x [R, D], modulated, in float32.
+
+  Args:
+    unused_layer: see `fused_rows.apply`.
+    x: [R, D], the rows of k images, one image after the other.
+    scale: [k, D], for the rows of each image, or [1, D], for all.
+    shift: likewise.
+  """
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+  y = y * lax.rsqrt(variance + LAYER_NORM_EPSILON)
+  y = y.reshape(len(scale), -1, y.shape[-1])
+  y = scale[:, None] * y + shift[:, None]
+  return y.reshape(x.shape)
+
+
+class _Norm(nn.Module):
+  """What both norms share: how they are applied by themselves.
+
+  Attributes:
+    dtype: of the result.
+    mesh: see `fused_rows.apply`.
+  """
 
   dtype: Any = jnp.float32
-  affine: bool = True
+  mesh: Any = None
+
+  def __call__(self, x, *w):
+    """Maps [..., D] to [..., D]; w as in `weights`."""
+    rows, shared = self.weights(x.shape[-1], *w)
+    return fused_rows.apply(
+      modulated_norm, x, rows, shared, dtype=self.dtype, mesh=self.mesh
+    )
+
+
+class LayerNorm(_Norm):
+  """LayerNorm with float32 statistics."""
 
   @nn.compact
-  def __call__(self, x):
-    """Maps [..., D] to [..., D]."""
-    return nn.LayerNorm(
-      LAYER_NORM_EPSILON,
-      dtype=self.dtype,
-      use_bias=self.affine,
-      use_scale=self.affine,
-      name="norm",
-    )(x)
+  def weights(self, width):
+    """Returns ({}, {"scale", "shift"}) of `modulated_norm`: for all rows."""
+    scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+    shift = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+    return {}, {"scale": scale[None], "shift": shift[None]}
 
 
-class SelfModulatedLayerNorm(nn.Module):
+class SelfModulatedLayerNorm(_Norm):
   """SLN(h, w) = gamma(w) * (h - mean) / std + beta(w) (ViTGAN, equation 17).
 
   gamma and beta are affine maps of w; their biases start at 1 and 0.
   """
 
-  dtype: Any = jnp.float32
-
   @nn.compact
-  def __call__(self, h, w):
-    """Maps h [B, N, D] and w [B, W] to [B, N, D]."""
-    width = h.shape[-1]
+  def weights(self, width, w):
+    """Returns ({"scale", "shift"}, {}) of `modulated_norm`, for w [B, W]."""
     modulation = Dense(
       2 * width,
       bias_init=np.repeat([1.0, 0.0], width),
       dtype=self.dtype,
       name="modulation",
     )(w)
-    gamma, beta = jnp.split(modulation[:, None, :], 2, axis=-1)
-    return gamma * LayerNorm(self.dtype, affine=False, name="norm")(h) + beta
+    scale, shift = jnp.split(modulation, 2, axis=-1)
+    return {"scale": scale, "shift": shift}, {}
 
 
 class SineEmbedding(nn.Module):

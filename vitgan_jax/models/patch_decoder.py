@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from vitgan_jax.models import fused_rows
 from vitgan_jax.models.layers import (
   Dense,
   SineEmbedding,
@@ -23,92 +24,126 @@ from vitgan_jax.models.patches import unpatchify
 NUM_CHANNELS = 3
 
 
-def modulated_hidden(features, styles, kernel):
-  """Applies a modulated, demodulated dense layer to every pixel of a patch.
+# What makes the decoder's kernel, unrolled over pixels, compile in seconds.
+_PIXELS_PER_KERNEL = 16
+_ROWS_PER_KERNEL = 128
 
-  With style s and Fourier features e_p, pixel p gets `demod * (W^T (s * e_p))`,
-  `demod = rsqrt((W * W)^T (s * s) + 1e-8)` (Karras et al. 2020, equations 1 and
-  3). As the e_p are the same for all patches, `(W * e_p)^T s` is one matrix
-  product for all pixels, and no weights per patch are ever built.
+
+def modulated_pixels(layer, y, features, hidden_style, hidden, rgb_style, rgb):
+  """Maps patches to their pixels by two modulated dense layers.
+
+  The first is demodulated: with style s and Fourier features e_p, pixel p gets
+  `demod * (W^T (s * e_p))`, `demod = rsqrt((W * W)^T (s * s) + 1e-8)` (Karras
+  et al. 2020, equations 1 and 3). It is a function for `fused_rows.apply`.
 
   Args:
-    features: [P * P, F], e.
-    styles: [T, F], s, a row per patch.
-    kernel: [F, H], W.
+    layer: see there.
+    y: [T, D], embeddings of patches.
+    features: [P, F], e, of the pixels of a patch.
+    hidden_style: weights of the dense layer from y to s.
+    hidden: (W [F, H], bias [H]).
+    rgb_style: weights of the dense layer from y to the scales of the next.
+    rgb: weights of the dense layer from H to colours.
 
   Returns:
-    [T, P * P, H].
+    [T, P * 3].
   """
-  num_pixels, num_features = features.shape
-  hidden_dim = kernel.shape[-1]
-  weights = features.T[:, :, None] * kernel[:, None, :]
-  hidden = styles @ weights.reshape(num_features, num_pixels * hidden_dim)
-  hidden = hidden.reshape(-1, num_pixels, hidden_dim)
+  kernel, bias = hidden
+  style = layer(y, *hidden_style)
   demodulation = lax.rsqrt(
-    jnp.square(styles.astype(jnp.float32))
-    @ jnp.square(kernel.astype(jnp.float32))
-    + 1e-8
+    layer(jnp.square(style), jnp.square(kernel), None) + 1e-8
   )
-  return hidden * demodulation[:, None, :].astype(hidden.dtype)
+  scale = layer(y, *rgb_style)
+  pixels = []
+  for feature in features.astype(style.dtype):
+    x = layer(style * feature, kernel, None) * demodulation
+    x = leaky_relu(x + bias.astype(x.dtype))
+    pixels.append(layer(x * scale, *rgb))
+  return jnp.concatenate(pixels, axis=-1)
 
 
 class ImplicitDecoder(nn.Module):
   """A two-layer MLP from a pixel's position to its colour, one per patch.
 
+  The patch's embedding scales the input channels of both layers.
+
   Attributes:
     patch_size: pixels along the side of a patch.
     hidden_dim: width of the Fourier features and of the hidden layer.
     fourier_scale: see `layers.SineEmbedding.scale`.
-    condition: how the patch embedding enters: "modulate" (it scales the input
-      channels of both layers; the hidden layer is demodulated) or "concat"
-      (it is concatenated to the Fourier features).
+    mesh: see `fused_rows.apply`.
     dtype: of the computation.
   """
 
   patch_size: int
   hidden_dim: int
   fourier_scale: float
-  condition: str
+  mesh: Any = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, embeddings):
     """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
     batch, num_tokens, width = embeddings.shape
-    y = embeddings.reshape(-1, width).astype(self.dtype)
     features = SineEmbedding(
       self.patch_size, self.hidden_dim, self.fourier_scale, name="fourier"
-    )().astype(self.dtype)
-    if self.condition == "modulate":
-      style = Dense(
-        self.hidden_dim, bias_init=1.0, dtype=self.dtype, name="hidden_style"
-      )
-      shape = (self.hidden_dim, self.hidden_dim)
-      kernel = self.param("hidden_kernel", nn.initializers.normal(1.0), shape)
-      kernel = (kernel / np.sqrt(self.hidden_dim)).astype(self.dtype)
-      hidden = modulated_hidden(features, style(y), kernel)
-      bias = self.param(
-        "hidden_bias", nn.initializers.zeros, (self.hidden_dim,)
-      )
-      hidden = leaky_relu(hidden + bias.astype(self.dtype))
-      style = Dense(
-        self.hidden_dim, bias_init=1.0, dtype=self.dtype, name="rgb_style"
-      )
-      hidden = hidden * style(y)[:, None, :]
-    else:
-      # A dense layer on a concatenation is the sum of one on each part; the
-      # part of the pixels is then computed once for all patches.
-      part = Dense(
-        self.hidden_dim, gain=np.sqrt(0.5), dtype=self.dtype, name="hidden_y"
-      )(y)
-      pixel_part = Dense(
-        self.hidden_dim,
-        gain=np.sqrt(0.5),
-        use_bias=False,
+    )()
+
+    def style(name):
+      layer = Dense(self.hidden_dim, bias_init=1.0, name=name)
+      return layer.weights(width)
+
+    shape = (self.hidden_dim, self.hidden_dim)
+    kernel = self.param("hidden_kernel", nn.initializers.normal(1.0), shape)
+    bias = self.param("hidden_bias", nn.initializers.zeros, shape[:1])
+    weights = dict(
+      hidden_style=style("hidden_style"),
+      hidden=(kernel / np.sqrt(self.hidden_dim), bias),
+      rgb_style=style("rgb_style"),
+      rgb=Dense(NUM_CHANNELS, name="rgb").weights(self.hidden_dim),
+    )
+    pixels = [
+      fused_rows.apply(
+        modulated_pixels,
+        embeddings,
+        {},
+        {**weights, "features": features[i : i + _PIXELS_PER_KERNEL]},
         dtype=self.dtype,
-        name="hidden_e",
-      )(features)
-      hidden = leaky_relu(part[:, None, :] + pixel_part[None])
+        mesh=self.mesh,
+        max_rows=_ROWS_PER_KERNEL,
+      )
+      for i in range(0, len(features), _PIXELS_PER_KERNEL)
+    ]
+    pixels = jnp.concatenate(pixels, axis=-1)
+    return _to_images(pixels, batch, num_tokens, self.patch_size)
+
+
+class ConcatDecoder(nn.Module):
+  """ImplicitDecoder's variant that concatenates embedding and features.
+
+  Attributes: see there.
+  """
+
+  patch_size: int
+  hidden_dim: int
+  fourier_scale: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, embeddings):
+    """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
+    batch, num_tokens, _ = embeddings.shape
+    features = SineEmbedding(
+      self.patch_size, self.hidden_dim, self.fourier_scale, name="fourier"
+    )()
+    # A dense layer on a concatenation is the sum of one on each part; the
+    # part of the pixels is then computed once for all patches.
+    common = dict(gain=np.sqrt(0.5), dtype=self.dtype)
+    part = Dense(self.hidden_dim, name="hidden_y", **common)(embeddings)
+    pixel_part = Dense(
+      self.hidden_dim, use_bias=False, name="hidden_e", **common
+    )(features)
+    hidden = leaky_relu(part[:, :, None, :] + pixel_part)
     pixels = Dense(NUM_CHANNELS, dtype=self.dtype, name="rgb")(hidden)
     return _to_images(pixels, batch, num_tokens, self.patch_size)
 
