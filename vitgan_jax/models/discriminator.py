@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax.models import fused_attention
+from vitgan_jax.models import fused_attention, fused_rows
 from vitgan_jax.models.attention import TransformerBlock
 from vitgan_jax.models.layers import Dense, LayerNorm, SineEmbedding
 from vitgan_jax.models.patches import overlapping_patches
@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
     patches = overlapping_patches(
       images.astype(self.dtype), self.patch_size, self.overlap
     )
-    patches = Dense(self.width, name="embedding", **common)(patches)
+    embedding = Dense(self.width, name="embedding", **common)
     grid = self.image_size // self.patch_size
     positions = SineEmbedding(
       grid, self.width, self.position_scale, name="positions"
@@ -69,16 +69,29 @@ class Discriminator(nn.Module):
     class_token = self.param(
       "class_token", nn.initializers.normal(1.0), (1, 1, self.width)
     )
-    class_token = jnp.broadcast_to(class_token, (batch, 1, self.width))
-    class_token = class_token.astype(self.dtype)
-    patches = patches + positions.astype(self.dtype)
     is_packed = not self.conv_qkv and fused_attention.can_attend(
       self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
     )
     if is_packed:
-      h = fused_attention.pack(patches, class_token)
+      features = patches.shape[-1]
+      group = fused_attention.GROUP_SIZE * grid**2
+      h = fused_rows.apply(
+        _embed_and_pack,
+        patches.reshape(-1, group, features),
+        {},
+        dict(
+          embedding=embedding.weights(features),
+          positions=positions,
+          class_token=class_token[0],
+        ),
+        dtype=self.dtype,
+        mesh=self.mesh,
+        max_rows=group,
+      )
     else:
-      h = jnp.concatenate([class_token, patches], axis=1)
+      patches = embedding(patches) + positions.astype(self.dtype)
+      class_token = jnp.broadcast_to(class_token, (batch, 1, self.width))
+      h = jnp.concatenate([class_token.astype(self.dtype), patches], axis=1)
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -104,3 +117,15 @@ class Discriminator(nn.Module):
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32
     return Dense(1, name="head_out", **common)(y)[:, 0]
+
+
+def _embed_and_pack(layer, patches, embedding, positions, class_token):
+  """Embeds patches [groups of images and their patches, F]; see `pack`."""
+  y = layer(patches, *embedding)
+  y = y.reshape(-1, *positions.shape) + positions
+  y = y.reshape(-1, fused_attention.GROUP_SIZE, *positions.shape)
+  class_tokens = jnp.broadcast_to(class_token, (*y.shape[:2], 1, y.shape[-1]))
+  y = fused_attention.pack(
+    y.reshape(-1, *positions.shape), class_tokens.reshape(-1, 1, y.shape[-1])
+  )
+  return y.reshape(-1, y.shape[-1])

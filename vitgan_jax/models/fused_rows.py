@@ -110,9 +110,8 @@ def apply(
 
   Args:
     function: called as `function(layer, x, **rows, **shared)`, where `layer` is
-      `dense` without its dtypes; returns a pytree of arrays of as many rows as
-      x.
-    x: [..., D].
+      `dense` without its dtypes; returns a pytree of arrays of rows.
+    x: [..., R, D].
     rows: {name: [..., D']}, other arrays of rows; fewer than x has, if one of
       them goes with several.
     shared: {name: pytree of float32 arrays}, what all rows share.
@@ -123,9 +122,10 @@ def apply(
     interpret: runs the kernel as ordinary operations, on any device.
 
   Returns:
-    The pytree of arrays [..., D''].
+    The pytree of arrays [..., R', D''], where R' is R if the function returns
+    as many rows as x has.
   """
-  leading = x.shape[:-1]
+  leading = x.shape[:-2]
   tiled = jax.tree.map(_as_rows, (x, rows))
   num_tiles = mesh and _num_tiles(tiled, shared, mesh.size, max_rows)
   if not num_tiles:
@@ -152,7 +152,7 @@ def apply(
       check_vma=False,
     )(tiled, shared)
   return jax.tree.map(
-    lambda y: y.astype(dtype).reshape(*leading, y.shape[-1]), y
+    lambda y: y.astype(dtype).reshape(*leading, -1, y.shape[-1]), y
   )
 
 
