@@ -230,8 +230,8 @@ def _check(result, peak):
   )
   (reduction,) = step["collectives_without_estimate"]
   assert reduction["kind"] == "all-reduce"
-  # The gradients of each network, in bfloat16 and in float32.
-  assert 1 <= reduction["count"] <= 4
+  # The gradients of each network, and metrics that did not join them.
+  assert 1 <= reduction["count"] <= 3
   assert reduction["inside_loops"] == 0
   return step
 
@@ -245,14 +245,27 @@ def test_step_compiles_for_a_slice():
     program=("-c", _WITHOUT_INCEPTION),
   )
   step = _check(result, peak=0.5)
-  # One block in each network, of which the discriminator's is called twice; the
-  # generator is called once without a gradient.
+  # One block in each network. The discriminator is called twice, the second
+  # time without a gradient of its weights; the generator too, the first time
+  # without any gradient.
   kernels = {}
   for kernel in step["pallas_kernels"]:
     name = kernel["name"]
     kernels[name] = kernels.get(name, 0) + kernel["calls"]
     assert kernel["bundles_a_call"] > 100
-  assert kernels == {"attention": 4, "attention_backward": 3}
+  assert kernels == {
+    "embed_and_pack": 2,
+    "embed_and_pack_backward": 1,
+    "embed_and_pack_backward_of_rows": 1,
+    **{name: 4 for name in ("project", "attention", "mlp")},
+    **{name: 2 for name in ("project_backward", "mlp_backward")},
+    **{f"{name}_backward_of_rows": 1 for name in ("project", "mlp")},
+    "attention_backward": 3,
+    "modulated_norm": 2,
+    "modulated_norm_backward_of_rows": 1,
+    "modulated_pixels": 2,
+    "modulated_pixels_backward": 1,
+  }
   assert "torch-fidelity" in result.stderr
 
 
@@ -260,7 +273,7 @@ def test_step_compiles_for_a_slice():
 @pytest.mark.slow  # minutes of compilation
 def test_cifar10_step_compiles_for_a_slice():
   step = _check(_run("--config=configs/cifar10.py", "--json"), peak=1.0)
-  assert step["estimated_mfu"] > 0.15
+  assert step["estimated_mfu"] > 0.4
   np.testing.assert_allclose(step["model_tflop_per_chip"], 2.241, rtol=1e-3)
 
 
