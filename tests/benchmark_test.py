@@ -112,7 +112,6 @@ def test_what_torch_lacks_is_said_and_ours_is_measured(monkeypatch):
   if find_spec("torch"):
     for field, value in (
       ("generator.latent_injection", "add"),
-      ("dtype", "bfloat16"),
       ("loss.r1_gamma", 0.5),
     ):
       functions, note = no_contestants(tiny_config({field: value}))
@@ -121,6 +120,20 @@ def test_what_torch_lacks_is_said_and_ours_is_measured(monkeypatch):
   assert no_contestants(tiny_config()) == ({}, {"torch": "not installed"})
   figures = peer.figures("images_per_sec", 8, 0.5, {})
   assert set(figures.values()) == {None}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_torch_computes_in_the_dtype_of_the_config(dtype):
+  torch = pytest.importorskip("torch")
+  products = []
+
+  def make(unused_compiled):
+    x = torch.ones(2, 2)
+    return lambda: products.append(x @ x)
+
+  functions, _ = peer.contestants(tiny_config({"dtype": dtype}), make)
+  functions["torch"]()
+  assert products[-1].dtype == getattr(torch, dtype)
 
 
 def test_torch_that_does_not_compile_has_no_figure():

@@ -9,7 +9,7 @@
 
 `train` times the training step of a config on random images, `sample` the
 drawing of samples, both beside the same networks and objective in PyTorch,
-eager and compiled, on a CPU, if torch is installed. `data` times the reading of
+eager and compiled, if torch is installed. `data` times the reading of
 prepared images, beside tf.data; `metrics` that of Inception's features and the
 metrics, beside torch-fidelity. All that is compared takes turns. `tpu` measures
 nothing: it asks the TPU compiler what it expects of a slice of TPUs, which need

@@ -1,6 +1,7 @@
 """What a benchmark needs of PyTorch to be measured beside it, if it is there.
 
-The contestants are `torch` (eager) and `torch_compile`.
+The contestants are `torch` (eager) and `torch_compile`, on the device of JAX, a
+CPU or a GPU; `torch.autocast` gives them the dtype of the config.
 """
 
 import importlib.util
@@ -17,7 +18,8 @@ def contestants(config, make):
 
   Args:
     config: of `configs/`.
-    make: from whether to compile to a function without arguments.
+    make: from whether to compile to a function without arguments; it makes
+      tensors and modules on the default device of torch.
 
   Returns:
     ({name: function}, {"torch": version, or why there are no contestants}).
@@ -25,18 +27,36 @@ def contestants(config, make):
   """
   if importlib.util.find_spec("torch") is None:
     return {}, {"torch": "not installed"}
-  if jax.default_backend() != "cpu":
-    return {}, {"torch": "compared on a CPU only"}
   import torch
 
   from vitgan_jax.benchmarks import torch_vitgan
 
+  device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+  if device is None or (device == "cuda" and not torch.cuda.is_available()):
+    return {}, {"torch": f"not on this device: {jax.default_backend()}"}
   try:
     torch_vitgan.check(config)
   except ConfigError as error:
     return {}, {"torch": str(error)}
+  torch.set_default_device(device)
   torch.set_num_threads(os.cpu_count())
-  functions = {"torch": make(False), "torch_compile": make(True)}
+  # TF32 on a GPU, which is the default of XLA.
+  torch.set_float32_matmul_precision("high")
+
+  def waited_for(function):
+    def call():
+      is_bfloat16 = config.dtype == "bfloat16"
+      with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16):
+        function()
+      if device == "cuda":
+        torch.cuda.synchronize()
+
+    return call
+
+  functions = {
+    "torch": waited_for(make(False)),
+    "torch_compile": waited_for(make(True)),
+  }
   try:
     functions["torch_compile"]()
   except Exception as error:  # of any kind: no C++ compiler, no headers, a bug

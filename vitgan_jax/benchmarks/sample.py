@@ -68,6 +68,6 @@ def _their_sampler(config, g_params, batch_size, compiled):
 
   def to_host():
     with torch.inference_mode():
-      return sample().numpy()
+      return sample().cpu().numpy()
 
   return to_host

@@ -20,7 +20,6 @@ from vitgan_jax.models.layers import LAYER_NORM_EPSILON, cell_centres
 _SWITCHES = {
   "accumulation": 1,
   "remat": False,
-  "dtype": "float32",
   "generator.latent_injection": "sln",
   "generator.attention": "dot",
   "generator.conv_qkv": False,

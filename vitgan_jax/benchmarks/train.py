@@ -70,7 +70,7 @@ def _their_steps(config, state, images, compiled):
   from vitgan_jax.benchmarks import torch_train
 
   trainer = torch_train.Trainer(config, state, peer.compile_function(compiled))
-  batches = torch.from_numpy(images).unbind()
+  batches = torch.asarray(images, device=torch.get_default_device()).unbind()
 
   def steps():
     for batch in batches:
