@@ -137,7 +137,7 @@ class SineEmbedding(nn.Module):
   def __init__(self, grid_size, features, scale):
     super().__init__()
     self.frequencies = nn.Parameter(torch.zeros(2, features))
-    centres = torch.from_numpy(scale * cell_centres(grid_size))
+    centres = torch.tensor(scale * cell_centres(grid_size))
     self.register_buffer("centres", centres, persistent=False)
 
   def forward(self):
