@@ -42,7 +42,7 @@ demo: .venv/installed
 	$(BIN)/python -m vitgan_jax.main --mode=evaluate --workdir="$(WORKDIR)"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: lint
 	$(BIN)/python -m pytest

@@ -37,6 +37,7 @@ setuptools.setup(
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.25",
     "pillow>=11.0",
+    "rich>=13.9",  # the table of launch.local
     "scikit-learn>=1.5",  # carries the digits of the demo
     "tensorboard>=2.19",  # clu does not declare it
     "tensorflow-cpu>=2.19; sys_platform == 'linux' "
@@ -51,6 +52,7 @@ setuptools.setup(
     "test": [
       "libtpu>=0.0.42; sys_platform == 'linux'",
       "pytest>=8.3",
+      "pytest-xdist>=3.6",
       "ruff>=0.8",
       "torch>=2.13",
     ],

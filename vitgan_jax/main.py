@@ -24,7 +24,6 @@ Write samples of the last checkpoint as PNGs:
 """
 
 import os
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -147,10 +146,8 @@ def _workdir():
     raise ConfigError(
       f"--mode={_MODE.value} needs --workdir=<folder of a run>; see --help"
     )
-  path, *argument = config_flags.get_config_filename(
-    flags.FLAGS["config"]
-  ).split(":")
-  return os.path.join("runs", "-".join([pathlib.Path(path).stem, *argument]))
+  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  return os.path.join("runs", cli.config_stem(path))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Sweeps: what varies between the runs that a launcher starts together."""

@@ -1,0 +1,1 @@
+"""Launchers: one script for each kind of place to run in."""

@@ -1,0 +1,140 @@
+r"""Runs one config, or a sweep, under XManager: a work unit a run.
+
+  make install .venv/tools/xmanager/installed
+  .venv/tools/xmanager/bin/xmanager launch launch/xm.py -- \
+    --config=configs/digits.py --sweep=configs/sweeps/seeds.py --jobs=2
+
+trains on this machine, in the environment of `make install`. On Google Cloud,
+in the container of launch/Dockerfile:
+
+  ... launch/xm.py -- --config=configs/celeba64.py --executor=vertex \
+    --accelerator=a100=8 --workdir=/gcs/BUCKET/runs/celeba64
+
+Watch: what the units print comes with their names before it; on Google Cloud,
+in its console. Stop: Ctrl-C, upon which each local unit saves; the same command
+goes on from there. Delete: the folders of the runs.
+"""
+
+import asyncio
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+from absl import flags
+from xmanager import xm, xm_local
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))  # which `xmanager launch` does not do
+
+from launch import units  # noqa: E402
+
+units.define_flags()
+_EXECUTOR = flags.DEFINE_enum(
+  "executor", "local", ["local", "vertex", "kubernetes"], "Where to run."
+)
+_ACCELERATOR = flags.DEFINE_string(
+  "accelerator",
+  None,
+  "Of each unit on Google Cloud, as XManager names them: a100=8, tpu_v3=8.",
+)
+_JOBS = flags.DEFINE_integer(
+  "jobs", 1, "Work units at the same time on this machine.", lower_bound=1
+)
+_PYTHON = flags.DEFINE_string(
+  "python",
+  str(_ROOT / ".venv" / "bin" / "python"),
+  "Where vitgan_jax is installed.",
+)
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only print the commands.")
+
+
+def _list_units():
+  """Returns (name, arguments of `python`) of each work unit.
+
+  JAX is in the other environment, which checks the config.
+  """
+  arguments = [
+    argument
+    for argument in sys.argv
+    if argument.startswith(("--config", "--sweep", "--workdir"))
+  ]
+  listed = subprocess.run(
+    [_PYTHON.value, "-m", "launch.units", *arguments],
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  if listed.returncode:
+    sys.exit(listed.returncode)
+  lines = [line.split("\t") for line in listed.stdout.splitlines()]
+  return [(name, shlex.split(command)[1:]) for name, _, command in lines]
+
+
+def _executor_and_package():
+  """Returns what runs the units, and what they run in."""
+  if _EXECUTOR.value == "local":
+    return xm_local.Local(), xm.binary(
+      executor_spec=xm_local.Local.Spec(), path=_PYTHON.value
+    )
+  if _ACCELERATOR.value is None:
+    sys.exit(
+      f"error: --executor={_EXECUTOR.value} needs --accelerator, as a100=8"
+    )
+  kind, _, count = _ACCELERATOR.value.partition("=")
+  try:
+    requirements = xm.JobRequirements(**{kind: int(count)})
+  except (KeyError, ValueError) as error:
+    sys.exit(
+      f"error: --accelerator={_ACCELERATOR.value} must be as a100=8: {error}"
+    )
+  executor_class = {
+    "vertex": xm_local.Vertex,
+    "kubernetes": xm_local.Kubernetes,
+  }[_EXECUTOR.value]
+  return executor_class(requirements=requirements), xm.dockerfile_container(
+    executor_spec=executor_class.Spec(),
+    path=str(_ROOT),
+    dockerfile=str(_ROOT / "launch" / "Dockerfile"),
+  )
+
+
+async def _run(work):
+  """Adds the units to an experiment; returns the names of those that failed."""
+  executor, packageable = _executor_and_package()
+  slots = asyncio.Semaphore(_JOBS.value)
+  failed = []
+  title = os.path.basename(_ROOT)
+  async with xm_local.create_experiment(title) as experiment:
+    [executable] = experiment.package([packageable])
+
+    async def run(name, arguments):
+      job = xm.Job(executable, executor, name=name, args=arguments)
+      async with slots:
+        unit = await experiment.add(job)
+        if _EXECUTOR.value == "local":
+          try:
+            await unit.wait_until_complete()
+          except xm.ExperimentUnitError:
+            failed.append(name)
+
+    await asyncio.gather(*[run(name, arguments) for name, arguments in work])
+  return failed
+
+
+def main(arguments):
+  """Runs what the flags ask for; exits with 1 if a unit failed."""
+  if arguments[1:]:
+    sys.exit(f"error: not a flag: {' '.join(arguments[1:])}; see --help")
+  work = _list_units()
+  if _DRY_RUN.value:
+    for _, command in work:
+      print(shlex.join([_PYTHON.value, *command]))
+    return
+  failed = asyncio.run(_run(work))
+  if failed:
+    sys.exit(
+      f"error: {len(failed)} of {len(work)} work units failed: "
+      f"{', '.join(failed)}; the same command goes on from there"
+    )

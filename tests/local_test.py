@@ -1,0 +1,212 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from launch import local, units
+from tests import runs
+from vitgan_jax.config import ConfigError
+
+
+class Fake:
+  """A command in place of vitgan_jax.main, which runs what it is given."""
+
+  def __init__(self, folder, monkeypatch):
+    self._folder = folder
+    package = folder / "vitgan_jax"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "main.py").write_text("import sys; exec(sys.argv[1])")
+    monkeypatch.chdir(folder)
+
+  def jobs(self, *programs):
+    return [
+      local._Job(units.Unit(f"unit{i}", str(self._folder / f"{i}"), (program,)))
+      for i, program in enumerate(programs)
+    ]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+  monkeypatch.setattr(local, "_POLL_SECONDS", 0.02)
+  return Fake(tmp_path, monkeypatch)
+
+
+def run(jobs, num_slots=2, restarts=2):
+  with open(os.devnull, "w") as file:
+    local.run(jobs, num_slots, restarts, Console(file=file))
+  return [job.state for job in jobs]
+
+
+def test_all_units_run_and_their_words_are_in_their_logs(fake):
+  jobs = fake.jobs(*[f"print('this is {i}')" for i in range(5)])
+  assert run(jobs) == ["done"] * 5
+  assert [job.log.read_text() for job in jobs] == [
+    f"this is {i}\n" for i in range(5)
+  ]
+
+
+def test_no_more_run_at_the_same_time_than_were_asked_for(fake):
+  clock = (
+    "import time; a = time.monotonic(); time.sleep(.3); "
+    "print(a, time.monotonic())"
+  )
+  jobs = fake.jobs(*[clock] * 5)
+  run(jobs, num_slots=2)
+  spans = [tuple(map(float, job.last_line.split())) for job in jobs]
+  together = [
+    sum(other[0] <= begin < other[1] for other in spans) for begin, _ in spans
+  ]
+  assert max(together) == 2
+
+
+def test_one_that_dies_is_started_again_and_one_with_an_error_is_not(fake):
+  dies_once = (
+    "import os, signal; print('try', flush=True);"
+    "os.path.exists('died') or (open('died', 'w'), os.kill(os.getpid(), 9))"
+  )
+  jobs = fake.jobs(
+    dies_once, "raise SystemExit(3)", "raise SystemExit('error: seed is bad')"
+  )
+  assert run(jobs, num_slots=1) == ["done", "failed", "failed"]
+  assert [job.starts for job in jobs] == [2, 3, 1]
+  assert jobs[0].log.read_text() == "try\n" * 2
+  assert jobs[2].last_line == "error: seed is bad"
+
+
+def test_gpus_are_shared_out_among_the_jobs(fake):
+  # On a machine of five: JAX would take all of each that it sees.
+  fake_list = mock.Mock(stdout="".join(f"GPU {i}: H100\n" for i in range(5)))
+  with (
+    mock.patch.dict(os.environ),
+    mock.patch.object(local.subprocess, "run", return_value=fake_list),
+  ):
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    slots = [slot["CUDA_VISIBLE_DEVICES"] for slot in local._slots(2)]
+    assert slots == ["0,2,4", "1,3"]
+    assert local._slots(1) == [{}]
+    with pytest.raises(ConfigError, match="at most the 5 GPUs"):
+      local._slots(6)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "3,7"
+    slots = [slot["CUDA_VISIBLE_DEVICES"] for slot in local._slots(2)]
+    assert slots == ["3", "7"]
+
+
+def start(*arguments, cwd):
+  return subprocess.Popen(
+    [sys.executable, "-m", "launch.local", *arguments],
+    cwd=cwd,
+    env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+ARGUMENTS = (
+  f"--config={runs.ROOT}/configs/digits.py:smoke",
+  f"--sweep={runs.ROOT}/configs/sweeps/seeds.py",
+  "--workdir=sweep",
+)
+
+
+def wait_until(condition, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def children(process):
+  listed = subprocess.run(
+    ["ps", "-o", "pid=", "--ppid", str(process.pid)],
+    capture_output=True,
+    text=True,
+  )
+  return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_a_sweep_with_a_killed_unit_ends_complete(tmp_path):
+  (tmp_path / "two.py").write_text(
+    "def sweep(add):\n  for seed in (0, 1):\n    add({'seed': seed})"
+  )
+  process = start(*ARGUMENTS, "--sweep=two.py", "--jobs=2", cwd=tmp_path)
+  checkpoints = tmp_path / "sweep" / "seed=0" / "checkpoints"
+  wait_until(lambda: list(checkpoints.glob("[0-9]*")))
+  os.kill(min(children(process)), signal.SIGKILL)
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  assert "Done. The runs are in" in output
+  states = {
+    line.split()[0]: line.split()[1:3]
+    for line in output.split("\n")
+    if line.startswith("seed=")
+  }
+  assert set(states) == {"seed=0", "seed=1"}
+  assert all(state == "done" for state, _ in states.values())
+  assert sum(int(starts) for _, starts in states.values()) == 3
+  for i in range(2):
+    folder = tmp_path / "sweep" / f"seed={i}"
+    assert json.loads((folder / "config.json").read_text())["seed"] == i
+    assert "Done." in (folder / "log.txt").read_text()
+    assert (folder / "grid.png").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+  arguments = (*ARGUMENTS, "--jobs=2", "--config.total_kimg=1000")
+  process = start(*arguments, cwd=tmp_path)
+  logs = [tmp_path / "sweep" / f"seed={i}" / "log.txt" for i in (0, 1)]
+  wait_until(lambda: all(p.exists() and "ETA" in p.read_text() for p in logs))
+  second = start(*arguments, cwd=tmp_path)
+  _, errors = second.communicate(timeout=60)
+  assert second.returncode == 1 and "another launch.local is at work" in errors
+  process.send_signal(signal.SIGINT)
+  output, errors = process.communicate(timeout=120)
+  assert (process.returncode, errors) == (0, "")
+  assert "Stopped. The same command goes on from here." in output
+  for log in logs:
+    assert log.read_text().endswith("The same command goes on from here.\n")
+    steps = [int(p.name) for p in log.parent.glob("checkpoints/[0-9]*")]
+    assert max(steps) > 0
+  assert not (tmp_path / "sweep" / "seed=2").exists()
+  again = start(*arguments, cwd=tmp_path)
+  wait_until(lambda: all("Resuming at step" in p.read_text() for p in logs))
+  again.send_signal(signal.SIGTERM)
+  again.communicate(timeout=120)
+
+
+def test_a_dry_run_only_prints_what_the_units_are(tmp_path):
+  process = start(*ARGUMENTS, "--dry-run", cwd=tmp_path)
+  output, errors = process.communicate(timeout=60)
+  assert (process.returncode, errors) == (0, "")
+  listed = subprocess.run(
+    [sys.executable, "-m", "launch.units", *ARGUMENTS],
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+  ).stdout.splitlines()
+  assert output.splitlines() == [line.split("\t")[2] for line in listed]
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--jobs=0"], "jobs"),
+    (["--workdir=gs://bucket/x"], "a folder of this machine"),
+    (["--config.sed=1"], "sed"),
+  ],
+)
+def test_bad_input_is_answered_in_one_line(arguments, words, tmp_path):
+  process = start(*ARGUMENTS, *arguments, cwd=tmp_path)
+  _, errors = process.communicate(timeout=60)
+  (line,) = errors.strip().splitlines()
+  assert process.returncode == 1
+  assert line.startswith("error: ") and words in line
+  assert not list(tmp_path.iterdir())
