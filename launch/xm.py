@@ -26,11 +26,21 @@ from absl import flags
 from xmanager import xm, xm_local
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT))  # which `xmanager launch` does not do
 
-from launch import units  # noqa: E402
-
-units.define_flags()
+# What launch.units is given; it runs where the package is installed, and
+# checks them. Fields of the config are flags as soon as one is set.
+_OF_UNITS = {
+  "config": "Config file, e.g. configs/digits.py; add :smoke to shrink.",
+  "sweep": "File of a sweep, e.g. configs/sweeps/seeds.py.",
+  "workdir": "Folder of the run, or of a sweep's runs, a folder each.",
+  **{
+    argument[2:].partition("=")[0]: "A field of the config."
+    for argument in sys.argv
+    if argument.startswith("--config.")
+  },
+}
+for _name, _help in _OF_UNITS.items():
+  flags.DEFINE_string(_name, None, _help)
 _EXECUTOR = flags.DEFINE_enum(
   "executor", "local", ["local", "vertex", "kubernetes"], "Where to run."
 )
@@ -56,9 +66,9 @@ def _list_units():
   JAX is in the other environment, which checks the config.
   """
   arguments = [
-    argument
-    for argument in sys.argv
-    if argument.startswith(("--config", "--sweep", "--workdir"))
+    f"--{name}={flags.FLAGS[name].value}"
+    for name in _OF_UNITS
+    if flags.FLAGS[name].present
   ]
   listed = subprocess.run(
     [_PYTHON.value, "-m", "launch.units", *arguments],
@@ -106,20 +116,24 @@ async def _run(work):
   slots = asyncio.Semaphore(_JOBS.value)
   failed = []
   title = os.path.basename(_ROOT)
-  async with xm_local.create_experiment(title) as experiment:
-    [executable] = experiment.package([packageable])
+  try:
+    async with xm_local.create_experiment(title) as experiment:
+      [executable] = experiment.package([packageable])
 
-    async def run(name, arguments):
-      job = xm.Job(executable, executor, name=name, args=arguments)
-      async with slots:
-        unit = await experiment.add(job)
-        if _EXECUTOR.value == "local":
-          try:
-            await unit.wait_until_complete()
-          except xm.ExperimentUnitError:
-            failed.append(name)
+      async def run(name, arguments):
+        job = xm.Job(executable, executor, name=name, args=arguments)
+        async with slots:
+          unit = await experiment.add(job)
+          if _EXECUTOR.value == "local":
+            try:
+              await unit.wait_until_complete()
+            except xm.ExperimentUnitError:
+              failed.append(name)
 
-    await asyncio.gather(*[run(name, arguments) for name, arguments in work])
+      await asyncio.gather(*[run(name, arguments) for name, arguments in work])
+  except RuntimeError:  # the experiment tells of failed units once more
+    if not failed:
+      raise
   return failed
 
 
