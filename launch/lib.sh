@@ -56,6 +56,8 @@ parse() {
       *) fail "not a flag: $word; see --help" ;;
     esac
   done
+  [[ ${#unit_flags[@]} -gt 0 || ($action != launch && $action != fetch) ]] ||
+    fail "--config=configs/<name>.py is required; see --help"
   [[ $name =~ ^[a-zA-Z] ]] || fail "--name=$name must begin with a letter"
 }
 
@@ -107,8 +109,6 @@ resource_name() {
 for_each_unit() {
   local lines unit workdir command
   if [[ ${#unit_flags[@]} -eq 0 ]]; then
-    [[ $action != launch && $action != fetch ]] ||
-      fail "--config=configs/<name>.py is required; see --help"
     num_units=1
     "$1" "$(resource_name '')" '' ''
     return
