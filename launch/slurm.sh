@@ -37,7 +37,8 @@ account=
 parse "$@"
 
 queue() {
-  run squeue --noheader --user="${USER:-$(id -un)}" --name="$1" --format=%i
+  run squeue --noheader --user="${USER:-$(id -un)}" --name="$1" \
+    --format="%i %T"
 }
 
 launch_unit() {
@@ -72,20 +73,26 @@ watch_unit() {
 }
 
 stop_unit() {
+  local job state
   if $dry_run; then
     queue "$1"
-    say "With each JOB of those:"
+    say "With the JOB of that, if it is RUNNING:"
     run scontrol update JobId=JOB Requeue=0
     run scancel --signal=TERM JOB
+    say "If it waits, it has nothing to save:"
+    run scancel JOB
     return
   fi
-  local jobs job
-  jobs=$(queue "$1")
-  [[ -n $jobs ]] || say "$1: not there"
-  for job in $jobs; do
-    scontrol update JobId="$job" Requeue=0
-    scancel --signal=TERM "$job" # to the processes, not to the job's script
-  done
+  while read -r job state; do
+    if [[ -z $job ]]; then
+      say "$1: not there"
+    elif [[ $state == RUNNING ]]; then
+      scontrol update JobId="$job" Requeue=0
+      scancel --signal=TERM "$job" # to the processes, not to the job's script
+    else
+      scancel "$job"
+    fi
+  done <<<"$(queue "$1")"
 }
 
 delete_unit() {

@@ -79,7 +79,7 @@ elif is_("sky jobs launch"):
   world["jobs"] += [a[7:] for a in arguments if a.startswith("--name=")]
 elif is_("squeue"):
   names = [a[7:] for a in arguments if a.startswith("--name=")]
-  print("\\n".join("17" for name in world["jobs"] if name in names))
+  print("\\n".join("17 " + world["state"] for name in world["jobs"] if name in names))
 elif is_("sbatch"):
   world["jobs"] += [a[11:] for a in arguments if a.startswith("--job-name=")]
 elif tool == "srun":
@@ -117,6 +117,7 @@ class World:
       run="new",
       started="running",
       jobs=[],
+      state="RUNNING",
       srun=0,
       preemptions=0,
       preempted={},
@@ -349,6 +350,10 @@ def test_stop_lets_slurm_save_and_not_queue_again(world):
     ["scontrol", "update", "JobId=17", "Requeue=0"],
     ["scancel", "--signal=TERM", "17"],
   ]
+  world.forget()
+  world.set(state="PENDING")
+  world.launch("slurm", DEFAULT, action="stop")
+  assert [c for c in world.calls() if c[0] != "squeue"] == [["scancel", "17"]]
 
 
 @pytest.mark.parametrize("script", sorted({p[0] for p in PLACES.values()}))
