@@ -7,6 +7,7 @@ import pytest
 
 from tests import runs
 from vitgan_jax import visualize
+from vitgan_jax.data import pipeline
 
 
 @pytest.fixture
@@ -97,31 +98,21 @@ def test_sigma_picture_has_every_kernel_in_the_order_of_the_network(figures):
   assert picture.std() > 10
 
 
-def test_command_draws_all_pictures_from_the_workdir_alone(
-  digits_run, tmp_path
+def test_all_pictures_are_drawn_from_the_workdir_alone(
+  digits_run, tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(pipeline, "load_images", None)  # without the dataset
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
   before = set(runs.snapshot(workdir))
-  code, output, errors = runs.run_main(
-    f"--workdir={workdir}",
-    cwd=tmp_path,
-    program=("-m", "vitgan_jax.visualize"),
-    TFDS_DATA_DIR=str(tmp_path / "no data"),
-  )
-  assert code == 0, errors
-  new = {"curves.png", "attention.png", "sigma.png"}
-  assert set(runs.snapshot(workdir)) - before == new
-  for name in new:
-    assert np.asarray(Image.open(workdir / name)).std() > 0
-    assert name in output
-  # The dataset is not asked for.
-  assert not (tmp_path / "no data").exists()
-  # Before the first checkpoint there are curves alone.
-  shutil.rmtree(workdir / "checkpoints")
-  code, output, errors = runs.run_main(
-    f"--workdir={workdir}",
-    cwd=tmp_path,
-    program=("-m", "vitgan_jax.visualize"),
-  )
-  assert code == 0 and "curves.png" in output, errors
-  assert "attention" not in output
+  paths = visualize.draw(workdir)
+  names = ["curves.png", "attention.png", "sigma.png"]
+  assert [path.name for path in paths] == names
+  assert set(runs.snapshot(workdir)) - before == set(names)
+  for path in paths:
+    assert np.asarray(Image.open(path)).std() > 0
+
+
+def test_before_the_first_checkpoint_curves_are_drawn(digits_run, tmp_path):
+  for name in ("config.json", "metrics.jsonl"):
+    shutil.copy(digits_run.workdir / name, tmp_path)
+  assert [path.name for path in visualize.draw(tmp_path)] == ["curves.png"]

@@ -165,15 +165,25 @@ def draw_discriminator(workdir):
   return paths
 
 
+def draw(workdir):
+  """Draws all pictures of a workdir; returns their paths.
+
+  Before the first checkpoint these are the curves alone.
+
+  Raises:
+    ConfigError: if the folder is not a workdir.
+  """
+  paths = [draw_curves(workdir)]
+  if (epath.Path(workdir) / "checkpoints").exists():
+    paths += draw_discriminator(workdir)
+  return paths
+
+
 def main(arguments):
   """Draws the pictures of --workdir."""
   cli.no_arguments(arguments)
-  workdir = epath.Path(flags.FLAGS.workdir)
-  print(f"The run's curves are in {draw_curves(workdir)}")
-  if not (workdir / "checkpoints").exists():
-    return
-  for path in draw_discriminator(workdir):
-    print(f"What its discriminator does is in {path}")
+  paths = draw(flags.FLAGS.workdir)
+  print("The run's pictures are", ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":
