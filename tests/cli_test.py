@@ -88,7 +88,7 @@ def test_every_command_answers_bad_input_in_one_line(
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "benchmark", "visualize"])
+@pytest.mark.parametrize("name", ["main", "benchmark", "visualize", "demo"])
 def test_help_shows_examples_and_flags(name, tmp_path):
   process = run_module(name, "--help", cwd=tmp_path)
   assert f"python -m vitgan_jax.{name}" in process.stdout

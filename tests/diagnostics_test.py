@@ -5,6 +5,8 @@ import pytest
 
 from configs import digits
 from tests import tiny
+from tests.reference import standardise
+from vitgan_jax import partitioning
 from vitgan_jax.diagnostics import make_diagnostics
 from vitgan_jax.train_state import build_models, create_train_state
 
@@ -29,11 +31,13 @@ def state(digits_run):
 
 @pytest.fixture(scope="module")
 def diagnose():
-  diagnostics = make_diagnostics(CONFIG)
-  return lambda state: {
-    key: float(value)
-    for key, value in diagnostics(state, IMAGES, LATENTS).items()
-  }
+  diagnostics = make_diagnostics(CONFIG, partitioning.create_mesh())
+
+  def scalars_of(state):
+    scalars, scalars_of.insides = diagnostics(state, IMAGES, LATENTS)
+    return {key: float(value) for key, value in scalars.items()}
+
+  return scalars_of
 
 
 def scale_d_kernel(state, factor, *path):
@@ -97,6 +101,62 @@ def test_growth_is_that_of_the_kernel_that_grew_most(state, diagnose, layer):
   np.testing.assert_allclose(
     diagnose(state)["sigma/growth_max"], growth[layer], rtol=0.01
   )
+  assert diagnose.insides.growth.keys() == growth.keys()
+  for name, value in diagnose.insides.growth.items():
+    # 4%: the estimate of one that was scaled down, and so moves faster.
+    np.testing.assert_allclose(value, growth[name], rtol=0.04, err_msg=name)
+
+
+def normalised(state, gain, *path):
+  """Returns a kernel of the discriminator as it is applied, in float64."""
+  kernel, spectral = state.d_params, state.d_spectral
+  for name in path:
+    kernel, spectral = kernel[name], spectral[name]
+  kernel = np.asarray(kernel["kernel"], np.float64)
+  kernel *= gain / np.sqrt(len(kernel))
+  u = np.asarray(spectral["norm"]["u"], np.float64)
+  sigma = np.linalg.norm(kernel @ u)
+  return kernel * spectral["norm"]["sigma_init"] / sigma
+
+
+def test_attention_maps_are_those_of_the_class_token(state, diagnose):
+  diagnose(state)
+  maps = np.asarray(diagnose.insides.attention)
+  assert maps.shape == (len(IMAGES), 2, 4, 4)
+  params = jax.device_get(state.d_params)
+  padded = np.pad(IMAGES / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2), (0, 0)))
+  embedding = normalised(state, 1.0, "embedding")
+  tokens = [np.tile(params["class_token"][0, 0], (len(IMAGES), 1))]
+  for i, j in np.ndindex(4, 4):
+    window = padded[:, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8]
+    centre = np.array([i - 1.5, j - 1.5]) / 2
+    scale = CONFIG.discriminator.position_scale
+    position = np.sin(scale * centre @ params["positions"]["frequencies"])
+    tokens.append(
+      window.reshape(len(IMAGES), -1) @ embedding
+      + params["embedding"]["bias"]
+      + position
+    )
+  block = params["block0"]
+  y = standardise(np.stack(tokens, axis=1))
+  y = y * block["norm_attention"]["scale"] + block["norm_attention"]["bias"]
+  gain = CONFIG.discriminator.qk_gain
+  queries = y @ normalised(state, gain, "block0", "attention", "query")
+  expected = 0
+  for q in np.split(queries, 2, axis=-1):  # heads
+    distances = np.sum((q[:, :1] - q) ** 2, axis=-1) / np.sqrt(q.shape[-1])
+    share = np.exp(-distances)
+    expected += share / share.sum(axis=-1, keepdims=True) / 2
+  np.testing.assert_allclose(
+    maps[:, 0], expected[:, 1:].reshape(-1, 4, 4), rtol=1e-3, atol=1e-6
+  )
+
+
+def test_attention_to_all_tokens_alike_makes_even_maps(state, diagnose):
+  diagnose(set_query_gain(state, 0.0, 1))
+  maps = diagnose.insides.attention
+  np.testing.assert_allclose(maps[:, 1], 1 / 17, rtol=1e-5)
+  assert np.std(maps[:, 0]) > 1e-3
 
 
 def test_diversity_is_that_of_the_averaged_generator(state, diagnose):
@@ -144,6 +204,9 @@ def test_without_spectral_normalisation_the_scalars_are_finite():
     shapes.replace(step=None, key=None),
   )
   images = tiny.random_images(config)
-  scalars = make_diagnostics(config)(state, images, LATENTS[:, :16])
+  scalars, insides = make_diagnostics(config, partitioning.create_mesh())(
+    state, images, LATENTS[:, :16]
+  )
   # A NaN would also make a line that strict readers of JSON refuse.
   assert all(np.isfinite(value) for value in scalars.values()), scalars
+  assert not insides.growth

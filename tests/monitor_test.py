@@ -156,3 +156,14 @@ def test_run_shows_its_progress(digits_run):
   ]
   for line in lines[1:]:
     assert re.search(r"  \d+ images/s  ETA \d+:\d\d:\d\d  loss/d ", line)
+
+
+def test_run_shows_samples_and_the_insides_of_its_discriminator(digits_run):
+  _, images = read_events(digits_run.workdir)
+  assert images.keys() == {"samples", "attention", "sigma"}
+  for pictures in images.values():
+    assert sorted(pictures) == [4, 8]
+    assert all(picture.std() > 1 for picture in pictures.values())
+  # Eight rows of an image and the map of its one block.
+  assert images["attention"][8].shape == (8 * 68 - 4, 2 * 68 - 4, 3)
+  assert not list(digits_run.workdir.glob("*.partial"))

@@ -239,3 +239,84 @@ def test_interpolation_goes_along_the_great_circle(digits_run):
       np.testing.assert_allclose(
         images[row, column].astype(int), expected, atol=1
       )
+
+
+@pytest.fixture(scope="module")
+def mean_w(g_params):
+  return sample.mean_w(CONFIG, g_params)
+
+
+@pytest.fixture(scope="module")
+def truncated(g_params, mean_w):
+  """Returns `draw(psi, seed)`, of one batch, and the jitted sampler."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample, "BATCH_SIZE", 2)
+    sampler = sample.make_sampler(CONFIG, partitioning.create_mesh())
+
+  def draw_truncated(psi, seed=0):
+    return np.asarray(sampler(g_params, seed, 0, (psi, mean_w)))
+
+  return draw_truncated, sampler
+
+
+def map_in_numpy(params, latents):
+  """Returns w of latents, [B, D] both, layer by layer."""
+  w = latents / np.sqrt(np.mean(latents**2, axis=-1, keepdims=True))
+  lr_multiplier = CONFIG.generator.mapping_lr_multiplier
+  for i in range(CONFIG.generator.mapping_depth):
+    layer = params["mapping"][f"dense{i}"]
+    y = w @ layer["kernel"] / np.sqrt(w.shape[-1]) + layer["bias"]
+    y *= lr_multiplier
+    w = np.sqrt(2.0) * np.where(y > 0, y, 0.2 * y)
+  return w
+
+
+def test_psi_of_one_gives_the_samples_to_the_last_bit(truncated, forty):
+  np.testing.assert_array_equal(truncated[0](1.0), forty[:16])
+
+
+def test_psi_of_zero_gives_one_image_for_all_latents(truncated):
+  draw_truncated, _ = truncated
+  images = np.concatenate([draw_truncated(0.0), draw_truncated(0.0, seed=5)])
+  assert len({image.tobytes() for image in images}) == 1
+
+
+def test_mean_w_is_that_of_other_latents(g_params, mean_w):
+  latents = np.random.default_rng(0).normal(size=(40_000, 32))
+  w = map_in_numpy(g_params, latents)
+  # Means of 10,000 and 40,000 differ by a hundredth of a standard deviation.
+  np.testing.assert_allclose(mean_w, w.mean(0), atol=0.06 * w.std(0).mean())
+
+
+def test_psi_draws_w_towards_its_mean(truncated, g_params, mean_w):
+  key = jax.random.key(0)
+  latents = np.stack(
+    [jax.random.normal(jax.random.fold_in(key, i), (32,)) for i in range(16)]
+  )
+  mean = np.asarray(mean_w, np.float64)
+  w = mean + 0.5 * (map_in_numpy(g_params, latents) - mean)
+  generator, _ = build_models(CONFIG)
+  images = jax.jit(
+    lambda w: generator.apply({"params": g_params}, w, method="synthesize")
+  )(w.astype(np.float32))
+  assert_same_images(truncated[0](0.5), sample.to_uint8(images).astype(int))
+
+
+def test_seed_and_psi_compile_nothing_anew(truncated):
+  draw_truncated, sampler = truncated
+  draw_truncated(0.7, seed=3)
+  programs = sampler._cache_size()
+  for psi, seed in [(0.1, 4), (0.9, 5), (1.0, 6)]:
+    draw_truncated(psi, seed)
+  assert sampler._cache_size() == programs
+
+
+def test_interpolation_is_truncated_likewise(g_params, mean_w):
+  mesh = partitioning.create_mesh()
+  interpolate = sample.make_interpolator(CONFIG, mesh, rows=1, columns=3)
+  plain = np.asarray(interpolate(g_params, 7))
+  same, mean = (
+    np.asarray(interpolate(g_params, 7, (psi, mean_w))) for psi in (1.0, 0.0)
+  )
+  np.testing.assert_array_equal(same, plain)
+  assert len({image.tobytes() for image in mean[0]}) == 1

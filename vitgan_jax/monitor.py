@@ -8,7 +8,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from vitgan_jax import pictures, processes
+from vitgan_jax import pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 
@@ -144,7 +144,7 @@ class SampleWriter:
       self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(config, mesh)
-    self._diagnostics = make_diagnostics(config)
+    self._diagnostics = make_diagnostics(config, mesh)
     self._real_images = images[:64]
     self._latents = jax.random.normal(
       jax.random.key(SAMPLE_SEED), (64, config.generator.latent_dim)
@@ -152,19 +152,37 @@ class SampleWriter:
     self._writer = writer
 
   def write(self, step, state):
-    """Writes samples/<step>.png, grid.png, and the same to TensorBoard."""
+    """Writes samples/<step>.png, grid.png, and the same to TensorBoard.
+
+    TensorBoard gets pictures of the discriminator's insides as well.
+    """
     # All processes take part in drawing; one writes.
     batches = sample_lib.sample_images(
       self._sampler, state.g_ema_params, SAMPLE_SEED, self._count
     )
     grid = pictures.image_grid(np.concatenate(list(batches)))
-    scalars = self._diagnostics(state, self._real_images, self._latents)
-    if processes.is_first():
-      path = self._folder / f"{step:08d}.png"
-      pictures.write_png(path, grid, min_side=512)
-      path.copy(self.latest, overwrite=True)
+    scalars, insides = self._diagnostics(
+      state, self._real_images, self._latents
+    )
+    if not processes.is_first():
+      return
+    path = self._folder / f"{step:08d}.png"
+    pictures.write_png(path, grid, min_side=512)
+    # Whole at any time, for those who look while it is written.
+    partial = self.latest.with_suffix(".partial")
+    path.copy(partial, overwrite=True)
+    partial.replace(self.latest)
+    drawn = {
+      "samples": grid,
+      "attention": visualize.attention_picture(
+        self._real_images[: visualize.NUM_ROWS],
+        np.asarray(insides.attention)[: visualize.NUM_ROWS],
+      ),
+    }
+    if insides.growth:
+      drawn["sigma"] = visualize.sigma_picture(insides.growth)
     self._writer.write(
       step,
       {key: float(value) for key, value in scalars.items()},
-      {"samples": grid[None]},
+      {key: picture[None] for key, picture in drawn.items()},
     )

@@ -33,7 +33,11 @@ def write_png(path, image, min_side=0):
     image: what to write.
     min_side: it is enlarged by whole pixels to at least this many.
   """
-  factor = max(1, -(-min_side // min(image.shape[:2])))
-  image = image.repeat(factor, axis=0).repeat(factor, axis=1)
   with path.open("wb") as file:
-    Image.fromarray(image).save(file, format="PNG")
+    Image.fromarray(enlarge(image, min_side)).save(file, format="PNG")
+
+
+def enlarge(image, min_side):
+  """Enlarges an image [H, W, C] by whole pixels to at least `min_side`."""
+  factor = max(1, -(-min_side // min(image.shape[:2])))
+  return image.repeat(factor, axis=0).repeat(factor, axis=1)

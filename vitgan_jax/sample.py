@@ -20,18 +20,22 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.train_state import build_models
 
 BATCH_SIZE = 64  # per device
+_NUM_MEAN_LATENTS = 10_000  # as in StyleGAN
 
 
 def make_sampler(config, mesh):
-  """Returns `sampler(g_params, seed, start)`, which draws one batch.
+  """Returns `sampler(g_params, seed, start, truncation)`, of one batch.
 
   Sample i of a seed is the same image whatever batch it is drawn in. A batch
   is uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
+
+  `truncation` is None or (psi, mean_w): see `Generator.truncated` and
+  `mean_w`. Whatever the numbers, one program draws them.
   """
   generator, _ = build_models(config, mesh)
   batch_size = BATCH_SIZE * mesh.size
 
-  def sampler(g_params, seed, start):
+  def sampler(g_params, seed, start, truncation=None):
     key = jax.random.key(seed)
     latents = jax.vmap(
       lambda i: jax.random.normal(
@@ -41,20 +45,20 @@ def make_sampler(config, mesh):
     latents = jax.lax.with_sharding_constraint(
       latents, partitioning.batch_sharding(mesh)
     )
-    return to_uint8(generator.apply({"params": g_params}, latents))
+    return _draw(generator, g_params, latents, truncation)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
 
 
 def make_interpolator(config, mesh, rows=8, columns=8):
-  """Returns `interpolate(g_params, seed)`, images between pairs of latents.
+  """Returns `interpolate(g_params, seed, truncation)`, of pairs of latents.
 
   The images are uint8 [rows, columns, S, S, 3]: each row goes along the great
-  circle from one latent to another.
+  circle from one latent to another. For `truncation` see `make_sampler`.
   """
   generator, _ = build_models(config)
 
-  def interpolate(g_params, seed):
+  def interpolate(g_params, seed, truncation=None):
     shape = (2, rows, 1, config.generator.latent_dim)
     begin, end = jax.random.normal(jax.random.key(seed), shape)
     norms = jnp.linalg.norm(begin, axis=-1) * jnp.linalg.norm(end, axis=-1)
@@ -64,10 +68,37 @@ def make_interpolator(config, mesh, rows=8, columns=8):
       jnp.sin((1 - share) * angle) * begin + jnp.sin(share * angle) * end
     )
     latents = (latents / jnp.sin(angle)).reshape(rows * columns, -1)
-    images = to_uint8(generator.apply({"params": g_params}, latents))
+    images = _draw(generator, g_params, latents, truncation)
     return images.reshape(rows, columns, *images.shape[1:])
 
   return jax.jit(interpolate, out_shardings=partitioning.replicated(mesh))
+
+
+def mean_w(config, g_params):
+  """Returns the mean of w [latent_dim] over latents, for truncation."""
+  generator, _ = build_models(config)
+  shape = (_NUM_MEAN_LATENTS, config.generator.latent_dim)
+
+  @jax.jit
+  def mean(g_params):
+    latents = jax.random.normal(jax.random.key(0), shape)
+    w = generator.apply(
+      {"params": g_params}, latents, method=lambda g, z: g.mapping(z)
+    )
+    return jnp.mean(w, axis=0)
+
+  return mean(g_params)
+
+
+def _draw(generator, g_params, latents, truncation):
+  variables = {"params": g_params}
+  if truncation is None:
+    images = generator.apply(variables, latents)
+  else:
+    images = generator.apply(
+      variables, latents, *truncation, method="truncated"
+    )
+  return to_uint8(images)
 
 
 def sample_images(sampler, g_params, seed, num_samples):

@@ -1,6 +1,9 @@
-"""Pictures of a training run.
+"""Pictures of a training run: its curves, and the insides of its discriminator.
 
-python -m vitgan_jax.visualize --workdir=runs/digits
+  python -m vitgan_jax.visualize --workdir=runs/digits
+
+draws into the workdir: curves.png; and, if there is a checkpoint, attention.png
+and sigma.png of the last one.
 """
 
 import collections
@@ -9,12 +12,15 @@ import json
 from absl import flags
 from etils import epath
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+import numpy as np
 
-matplotlib.use("Agg")  # no screen is needed
-from matplotlib import pyplot as plt
-
-from vitgan_jax import cli
+from vitgan_jax import cli, pictures
 from vitgan_jax import config as config_lib
+
+NUM_ROWS = 8  # images on a picture of attention maps
+_SIDE = 64  # least pixels of an image there
 
 _PANELS = {
   "Losses": ("loss/d", "loss/g"),
@@ -45,7 +51,8 @@ def draw_curves(workdir):
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
-  figure, axes = plt.subplots(1, len(_PANELS), figsize=(14, 3))
+  figure = Figure(figsize=(14, 3))
+  axes = figure.subplots(1, len(_PANELS))
   for axis, (title, names) in zip(axes, _PANELS.items()):
     for name in names:
       kimg = sorted(curves[name])
@@ -59,14 +66,124 @@ def draw_curves(workdir):
   path = workdir / "curves.png"
   with path.open("wb") as file:
     figure.savefig(file, dpi=80)
-  plt.close(figure)
   return path
 
 
+def attention_picture(images, maps):
+  """Draws where the discriminator looks; a row for each image.
+
+  The image itself comes first, then, for each block, the attention of the class
+  token laid over it: from dark, none, to bright, the most in this map.
+
+  Args:
+    images: uint8 [R, S, S, 3].
+    maps: [R, blocks, G, G], of `diagnostics.Insides`.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  factor = -(-_SIDE // images.shape[1])
+  images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+  maps = np.asarray(maps)
+  patch = images.shape[1] // maps.shape[-1]
+  maps = maps / maps.max(axis=(-2, -1), keepdims=True)
+  maps = maps.repeat(patch, axis=-2).repeat(patch, axis=-1)
+  colours = 255 * matplotlib.colormaps["inferno"](maps)[..., :3]
+  overlaid = 0.4 * images[:, None] + 0.6 * colours
+  rows = np.concatenate([images[:, None], np.rint(overlaid)], axis=1)
+  cells = rows.astype(np.uint8).reshape(-1, *images.shape[1:])
+  return pictures.image_grid(cells, columns=rows.shape[1])
+
+
+def sigma_picture(growth):
+  """Draws how far each kernel of the discriminator has grown.
+
+  Args:
+    growth: {kernel: sigma(W) / sigma(W_init)}, of `diagnostics.Insides`.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  names = sorted(growth, key=_as_numbers)
+  values = [float(growth[name]) for name in names]
+  figure = Figure(figsize=(7, 1 + 0.22 * len(names)), dpi=80)
+  axis = figure.subplots()
+  bars = axis.barh(names, values, color="tab:blue")
+  axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+  axis.axvline(1.0, color="black", linewidth=1)
+  axis.invert_yaxis()  # the first kernel above
+  axis.margins(x=0.12, y=0.01)
+  axis.set_title("sigma(W) / sigma(W_init)", fontsize=10)
+  axis.tick_params(labelsize=8)
+  figure.tight_layout()
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _as_numbers(name):
+  """Returns a sorting key that has block10 after block9, between the ends."""
+  ends = {"embedding": 0, "head_in": 2, "head_out": 3}
+  layer, *rest = name.split("/")
+  number = layer.removeprefix("block")
+  return (ends.get(layer, 1), int(number) if rest else 0, rest)
+
+
+def draw_discriminator(workdir):
+  """Draws `attention.png` and `sigma.png` of a workdir's last checkpoint.
+
+  The images that it looks at are the run's samples: a workdir is enough.
+
+  Returns:
+    The paths of the pictures; without spectral normalisation there is no
+    sigma.png.
+
+  Raises:
+    ConfigError: if the folder is not a workdir, or has no checkpoint.
+  """
+  # Late: --help and the curves need not wait for JAX.
+  import jax
+
+  from vitgan_jax import checkpoint, compilation, partitioning, sample
+  from vitgan_jax.diagnostics import make_diagnostics
+
+  config = config_lib.load(workdir)
+  compilation.use_cache(config.compilation_cache)
+  mesh = partitioning.create_mesh()
+  state = checkpoint.restore_latest(workdir, config, mesh)
+  sampler = sample.make_sampler(config, mesh)
+  samples = np.asarray(sampler(state.g_ema_params, 0, 0))[:NUM_ROWS]
+  latents = jax.numpy.zeros((1, config.generator.latent_dim))
+  _, insides = make_diagnostics(config, mesh)(state, samples, latents)
+  drawn = {"attention": attention_picture(samples, insides.attention)}
+  if insides.growth:
+    drawn["sigma"] = sigma_picture(insides.growth)
+  paths = []
+  for name, picture in drawn.items():
+    paths.append(epath.Path(workdir) / f"{name}.png")
+    pictures.write_png(paths[-1], picture)
+  return paths
+
+
+def draw(workdir):
+  """Draws all pictures of a workdir; returns their paths.
+
+  Before the first checkpoint these are the curves alone.
+
+  Raises:
+    ConfigError: if the folder is not a workdir.
+  """
+  paths = [draw_curves(workdir)]
+  if (epath.Path(workdir) / "checkpoints").exists():
+    paths += draw_discriminator(workdir)
+  return paths
+
+
 def main(arguments):
-  """Draws the curves of --workdir."""
+  """Draws the pictures of --workdir."""
   cli.no_arguments(arguments)
-  print(f"The run's curves are in {draw_curves(flags.FLAGS.workdir)}")
+  paths = draw(flags.FLAGS.workdir)
+  print("The run's pictures are", ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":

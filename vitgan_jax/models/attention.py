@@ -136,7 +136,10 @@ class MultiHeadAttention(nn.Module):
     inputs = [split(x) for x in inputs]
     queries, keys, values = inputs[0], inputs[-2], inputs[-1]
     weights = attention_weights(queries, keys, self.kind)
+    # Computed only where a caller asks for "intermediates".
     self.sow("intermediates", "attention_entropy", relative_entropy(weights))
+    shape = (batch, self.num_heads, num_tokens, num_tokens)
+    self.sow("intermediates", "attention_weights", weights.reshape(shape))
     y = jnp.einsum("bnm,bmd->bnd", weights.astype(self.dtype), values)
     y = y.reshape(batch, self.num_heads, num_tokens, -1)
     return y.swapaxes(1, 2).reshape(batch, num_tokens, width)

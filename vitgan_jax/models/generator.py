@@ -96,17 +96,38 @@ class Generator(nn.Module):
   mesh: Any = None
   dtype: Any = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    """Makes what is used by itself; `synthesize` makes the rest."""
+    self.mapping = MappingNetwork(
+      self.mapping_depth, self.mapping_lr_multiplier
+    )
+
   def __call__(self, latents):
-    """Maps latents [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
+    """Maps latents [B, latent_dim] to images; see `synthesize`."""
+    return self.synthesize(self.mapping(latents))
+
+  def truncated(self, latents, psi, mean_w):
+    """Maps latents to images nearer to their mean (Karras et al. 2019, B).
+
+    Args:
+      latents: [B, latent_dim].
+      psi: 1 leaves w as it is, to the last bit; 0 takes its mean for all.
+      mean_w: [latent_dim], the mean of w over latents.
+
+    Returns:
+      [B, S, S, 3], as `synthesize` does.
+    """
+    w = self.mapping(latents)
+    return self.synthesize(psi * w + (1.0 - psi) * mean_w)
+
+  @nn.compact
+  def synthesize(self, w):
+    """Maps w [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
 
     The output is not squashed; it is clipped where an image is written.
     """
-    batch = latents.shape[0]
+    batch = w.shape[0]
     grid = self.image_size // self.patch_size
-    w = MappingNetwork(
-      self.mapping_depth, self.mapping_lr_multiplier, name="mapping"
-    )(latents)
     positions = SineEmbedding(
       grid, self.width, self.position_scale, name="positions"
     )()
