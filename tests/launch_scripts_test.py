@@ -79,7 +79,8 @@ elif is_("sky jobs launch"):
   world["jobs"] += [a[7:] for a in arguments if a.startswith("--name=")]
 elif is_("squeue"):
   names = [a[7:] for a in arguments if a.startswith("--name=")]
-  print("\\n".join("17 " + world["state"] for name in world["jobs"] if name in names))
+  there = [name for name in world["jobs"] if name in names]
+  print("\\n".join(["17 " + world["state"]] * len(there)))
 elif is_("sbatch"):
   world["jobs"] += [a[11:] for a in arguments if a.startswith("--job-name=")]
 elif tool == "srun":
