@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import sys
 import tempfile
 
 # Read when JAX starts its backend. Optimised code runs these toy sizes no
@@ -19,6 +20,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER.name, "programs")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+
+# The CUDA build of torch brings triton, whose LLVM crashes beside that of JAX.
+sys.modules.setdefault("triton", None)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

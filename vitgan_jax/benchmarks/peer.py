@@ -6,6 +6,7 @@ CPU or a GPU; `torch.autocast` gives them the dtype of the config.
 
 import importlib.util
 import os
+import sys
 
 from absl import logging
 import jax
@@ -27,11 +28,14 @@ def contestants(config, make):
   """
   if importlib.util.find_spec("torch") is None:
     return {}, {"torch": "not installed"}
+  device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+  if device == "cpu":
+    # No use for it there, and its LLVM crashes beside that of JAX.
+    sys.modules.setdefault("triton", None)
   import torch
 
   from vitgan_jax.benchmarks import torch_vitgan
 
-  device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
   if device is None or (device == "cuda" and not torch.cuda.is_available()):
     return {}, {"torch": f"not on this device: {jax.default_backend()}"}
   try:
