@@ -69,6 +69,7 @@ def test_turns_are_medians_of_at_least_three_rounds(monkeypatch):
   assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 3
 
 
+@pytest.mark.slow
 def test_training_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
   compiled = []
   # Tracing the step takes longer than all the rest.
@@ -162,6 +163,7 @@ def test_bad_config_is_refused():
     train.run(tiny_config(batch_size=0), seconds=0.0)
 
 
+@pytest.mark.slow
 def test_reading_is_measured_at_three_sizes(monkeypatch):
   monkeypatch.setattr(data, "_NUM_IMAGES", 256)
   monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 256)

@@ -191,7 +191,11 @@ def test_attention_entropy_at_init(qk_gain, lowest, highest):
     _, state = discriminator.init_with_output(
       key, images, mutable=["params", "intermediates"]
     )
-    return state["intermediates"]
+    return [
+      value
+      for path, value in jax.tree.leaves_with_path(state["intermediates"])
+      if jax.tree_util.DictKey("attention_entropy") in path
+    ]
 
   for layer in jax.tree.leaves(entropies(jax.random.key(0))):
     assert lowest < layer < highest

@@ -158,6 +158,7 @@ def test_a_sweep_with_a_killed_unit_ends_complete(tmp_path):
     assert (folder / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   arguments = (*ARGUMENTS, "--jobs=2", "--config.total_kimg=1000")
   process = start(*arguments, cwd=tmp_path)

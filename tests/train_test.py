@@ -162,6 +162,7 @@ def test_programs_of_a_run_are_traced_once(tmp_path):
     assert traced.count(name) == 1, name
 
 
+@pytest.mark.slow
 def test_profile_shows_whole_calls_and_changes_no_number(digits_run, tmp_path):
   config = digits.get_config("smoke")
   config.profile = True
