@@ -101,7 +101,7 @@ def test_notebook_runs_from_a_clean_kernel(notebook, tmp_path):
   (cell,) = [x for x in notebook["cells"] if x["id"] == "parameters"]
   cell["source"] = (
     'CONFIG, WORKDIR = "configs/digits.py:smoke", "runs/smoke"\n'
-    "KIMG, NUM_SCORED = 0.064, 32\n"
+    "KIMG, NUM_SCORED = 0.064, 1300\n"
   )
   path.write_text(json.dumps(notebook))
   process = subprocess.run(
