@@ -10,6 +10,7 @@ import pytest
 
 from tests import runs
 from tests.tiny import tiny_config
+from vitgan_jax import benchmark
 from vitgan_jax import config as config_lib
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.benchmarks import data, metrics, peer, sample, train, turns
@@ -207,6 +208,17 @@ def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
   monkeypatch.setattr(metrics.fidelity, "load", fail)
   with pytest.raises(config_lib.ConfigError, match="--no-deps"):
     metrics.run(config=None, seconds=0.0)
+
+
+def test_lists_of_figures_are_printed_as_tables():
+  assert benchmark._lines([]) == ["none"]
+  assert benchmark._lines(["while.1", "while.2"]) == ["while.1", "while.2"]
+  rows = [{"kind": "all-reduce", "count": 2}, {"kind": "copy", "count": 1234}]
+  assert benchmark._lines(rows) == [
+    "kind        count",
+    "all-reduce  2",
+    "copy        1234",
+  ]
 
 
 def test_command_prints_one_line_of_json_or_says_how_to_call_it(tmp_path):

@@ -1,6 +1,7 @@
 import functools
 import hashlib
 import http.server
+import importlib
 import pathlib
 import pickle
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from tests import fidelity
 from vitgan_jax import partitioning
+from vitgan_jax.benchmarks import tpu
 from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import inception, weights
 
@@ -92,6 +94,17 @@ def test_outputs_agree_with_the_batch_over_all_devices(params, reference):
 def test_products_are_float32_on_every_device(params):
   program = jax.jit(inception.apply).lower(params, images(1)).as_text()
   assert "HIGHEST" in program and "DEFAULT" not in program
+
+
+def test_flops_are_those_of_torch_but_for_products_with_padding(
+  params, random_file
+):
+  flop_counter = importlib.import_module("torch.utils.flop_counter")
+  network = fidelity.inception(random_file)
+  with flop_counter.FlopCounterMode(display=False) as counter:
+    network(to_torch(images(1)))
+  expected = counter.get_total_flops()
+  assert 0.95 * expected < tpu.inception_flops(params, 32) < expected
 
 
 @pytest.mark.parametrize(

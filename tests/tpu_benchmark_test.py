@@ -186,7 +186,7 @@ def test_step_flops_follow_the_loss():
   assert tpu.step_flops(config) == 4 * g + 9 * d
 
 
-# Inception, which takes a minute, is left out where torch-fidelity is missing.
+# Inception, which takes minutes, is left out where torch-fidelity is missing.
 _WITHOUT_INCEPTION = """
 import runpy, sys
 sys.modules["torch_fidelity"] = None

@@ -71,10 +71,21 @@ def main(arguments):
   for figures in results:
     for key, value in figures.items():
       if isinstance(value, list):
-        print(key, *value or ["none"], sep="\n  ")
+        print(key, *_lines(value), sep="\n  ")
       else:
         print(f"{key:<40}{value}")
     print(flush=True)
+
+
+def _lines(values):
+  """Returns the lines of a list; dicts, which share their keys, as a table."""
+  if not values or not isinstance(values[0], dict):
+    return values or ["none"]
+  columns = [[key, *(str(row[key]) for row in values)] for key in values[0]]
+  widths = [max(map(len, column)) for column in columns]
+  return [
+    "  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns)
+  ]
 
 
 if __name__ == "__main__":

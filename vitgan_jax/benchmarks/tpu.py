@@ -1,9 +1,9 @@
 """What the TPU compiler expects of a slice of TPUs, without one.
 
 The training step, the sampler and the metric network are compiled for a
-topology, in bfloat16 and with a batch of `--batch_per_chip` images on each
-chip, whatever the config says of these two. Nothing runs: each figure is an
-estimate of the compiler, or follows from one.
+topology; the step with a batch of `--batch_per_chip` images on each chip, and
+both of ours in bfloat16, whatever the config says of these two. Nothing runs:
+each figure is an estimate of the compiler, or follows from one.
 
 Cycles are the sum of the compiler's `estimated_cycles` over all instructions
 that execute. Not in the sum, as it has no estimate for them: collectives, whose
@@ -24,6 +24,9 @@ balanced consistency and two without, is
   D's update: g + 3 k d;    G's update: 3 g + 2 d (+ d with "rpgan").
 
 R1 and R2, the optimisers and what does not grow with the batch are left out.
+Those of Inception are what XLA counts of its forward pass. It computes in
+float32, which takes the MXU several passes; its MFU, too, is of the peak in
+bfloat16.
 """
 
 import importlib.util
@@ -107,7 +110,9 @@ def run(config, topology, batch_per_chip):
     config_lib.validate(config)
     mesh = partitioning.create_mesh(devices, config.fsdp)
     chip = CHIPS[topology.split(":")[0]]
-    for name, lower, images, flops in _programs(config, mesh, batch_per_chip):
+    for name, lower, dtype, images, flops in _programs(
+      config, mesh, batch_per_chip
+    ):
       print(f"Compiling for {topology}: {name}", file=sys.stderr, flush=True)
       try:
         compiled = lower().compile()
@@ -121,16 +126,15 @@ def run(config, topology, batch_per_chip):
         "program": name,
         "source": "the TPU compiler's estimates: nothing was measured",
         "topology": f"{topology}, {len(devices)} chips",
-        "dtype": config.dtype,
+        "dtype": dtype,
         "images_per_chip": images,
         **summarise(text, _bundles(dump, text), chip),
       }
       seconds = figures["estimated_ms"] / 1e3
       rate = images * len(devices) / seconds
       figures["estimated_images_per_sec"] = round(rate, 1)
-      if flops:
-        figures["model_tflop_per_chip"] = round(flops / 1e12, 4)
-        figures["estimated_mfu"] = round(flops / seconds / chip.flops, 4)
+      figures["model_tflop_per_chip"] = round(images * flops / 1e12, 4)
+      figures["estimated_mfu"] = round(images * flops / seconds / chip.flops, 4)
       if name == "training step":
         hours = config.total_kimg * 1e3 / rate / 3600
         figures["estimated_hours_of_the_run"] = round(hours, 2)
@@ -159,7 +163,7 @@ def _devices(topology):
 
 
 def _programs(config, mesh, batch_per_chip):
-  """Yields (name, function that lowers it, images a chip, model FLOPs)."""
+  """Yields (name, how to lower it, dtype, images a chip, FLOPs of an image)."""
   state = state_shapes(config, mesh)
   size = config.data.image_size
 
@@ -175,8 +179,9 @@ def _programs(config, mesh, batch_per_chip):
   yield (
     "training step",
     lambda: make_train_steps(config, mesh).lower(state, batch),
+    config.dtype,
     batch_per_chip,
-    batch_per_chip * step_flops(config),
+    step_flops(config),
   )
   number = replicated(jnp.zeros((), jnp.int32))
   yield (
@@ -184,8 +189,9 @@ def _programs(config, mesh, batch_per_chip):
     lambda: sample.make_sampler(config, mesh).lower(
       state.g_ema_params, number, number
     ),
+    config.dtype,
     sample.BATCH_SIZE,
-    sample.BATCH_SIZE * generator_flops(config),
+    generator_flops(config),
   )
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "weights.pth"
@@ -201,8 +207,9 @@ def _programs(config, mesh, batch_per_chip):
     lambda: features.make_extract(inception.apply, mesh).lower(
       jax.tree.map(replicated, params), batch
     ),
+    "float32",
     features.BATCH_SIZE,
-    None,
+    inception_flops(params, size),
   )
 
 
@@ -357,6 +364,15 @@ def discriminator_flops(config):
   embedding = patches * (c.patch_size + 2 * c.overlap) ** 2 * 3 * c.width
   head = c.width**2 + c.width
   return 2 * (embedding + c.depth * _block(c, patches, patches + 1) + head)
+
+
+def inception_flops(params, size):
+  """Returns the FLOPs of Inception's forward pass for an image [size, size, 3].
+
+  XLA counts elementwise operations too, and no products with padding.
+  """
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+  return jax.jit(inception.apply).lower(params, image).cost_analysis()["flops"]
 
 
 def _block(c, patches, tokens):
