@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import jax
 import pytest
@@ -8,28 +9,18 @@ from vitgan_jax import compilation, sample, train
 from vitgan_jax import config as config_lib
 from vitgan_jax.metrics import evaluate
 
-# Those of a run that take longest to compile.
-PROGRAMS = {
-  "jit_create_train_state",
-  "jit_train_steps",
-  "jit_sampler",
-  "jit_diagnostics",
-}
 
-
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory):
-  """Two starts of one command; returns [(workdir, hits, misses, files)]."""
-  folder = tmp_path_factory.mktemp("starts")
-  result = []
-  for name in ("first", "second"):
+def start_twice(programs, *arguments, cwd):
+  """Starts a command twice; asserts that the second compiles no `programs`."""
+  expected = [(set(), programs), (programs, set())]
+  folders = []
+  for i in range(2):
     code, _, errors = runs.run_main(
-      f"--config={runs.ROOT}/configs/digits.py:smoke",
-      "--config.compilation_cache=~/programs",
-      f"--workdir={name}",
-      cwd=folder,
-      HOME=str(folder),
+      *(argument.format(i=i) for argument in arguments),
+      cwd=cwd,
+      HOME=str(cwd),
       JAX_COMPILATION_CACHE_DIR="",  # not that of the tests
+      JAX_COMPILATION_CACHE_MAX_SIZE="-1",
       JAX_DEBUG_LOG_MODULES="jax._src.compiler",
     )
     assert code == 0, errors
@@ -37,26 +28,46 @@ def starts(tmp_path_factory):
       set(re.findall(rf"compilation cache {word} for '(\w+)'", errors, re.I))
       for word in ("hit", "miss")
     )
-    files = runs.snapshot(folder / "programs")
-    result.append((folder / name, hits, misses, files))
-  return result
+    assert (hits & programs, misses & programs) == expected[i]
+    folders.append(runs.snapshot(cwd / ".cache" / "vitgan_jax" / "programs"))
+  before, after = folders
+  assert {name.split("-")[0] for name in before} >= programs
+  assert {name: after[name] for name in before} == before
 
 
-def test_second_start_compiles_what_takes_long_no_more(starts):
-  (_, hits, misses, files), (_, hits_2, misses_2, files_2) = starts
-  assert misses >= PROGRAMS and not hits & PROGRAMS
-  assert hits_2 >= PROGRAMS and not misses_2 & PROGRAMS
-  assert {name.split("-")[0] for name in files} >= PROGRAMS
-  assert {name: files_2[name] for name in files} == files
+def test_second_start_does_not_compile_the_sampler(digits_run, tmp_path):
+  shutil.copytree(digits_run.workdir, tmp_path / "run")
+  start_twice(
+    {"jit_sampler"},
+    "--mode=sample",
+    "--workdir=run",
+    "--num_samples=3",
+    "--output=samples{i}",
+    cwd=tmp_path,
+  )
+  first, second = (runs.snapshot(tmp_path / f"samples{i}") for i in range(2))
+  assert "000000.png" in first and first == second
 
 
-def test_second_start_computes_the_same(starts):
+@pytest.mark.slow
+def test_second_start_does_not_compile_the_training(tmp_path):
+  start_twice(
+    {
+      "jit_create_train_state",
+      "jit_train_steps",
+      "jit_sampler",
+      "jit_diagnostics",
+    },
+    f"--config={runs.ROOT}/configs/digits.py:smoke",
+    "--workdir=run{i}",
+    cwd=tmp_path,
+  )
   first, second = (
     [
       {k: v for k, v in line.items() if k != "images_per_sec"}
-      for line in monitor_test.read_lines(workdir)
+      for line in monitor_test.read_lines(tmp_path / f"run{i}")
     ]
-    for workdir, *_ in starts
+    for i in range(2)
   )
   assert "loss/d" in first[0] and first == second
 

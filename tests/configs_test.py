@@ -160,7 +160,17 @@ def test_logs_samples_and_checkpoints_come_within_the_run(module):
       assert config[f"{what}_every_kimg"] <= config.total_kimg
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+  "module",
+  [
+    pytest.param(
+      module,
+      # Those that take longest to compile.
+      marks=[pytest.mark.slow] * (module in ("celeba64", "lsun_bedroom128")),
+    )
+    for module in MODULES
+  ],
+)
 def test_golden_metrics_of_the_first_step(module):
   config = get_config(f"{module}:smoke")
   size = config.data.image_size

@@ -11,12 +11,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
-# What tests download, prepare and compile, away from the user's own: programs
-# that several tests run, here and in subprocesses, are compiled once.
+# What tests download, prepare and compile, away from the user's own.
 _FOLDER = tempfile.TemporaryDirectory(prefix="vitgan_jax_tests_")
 atexit.register(_FOLDER.cleanup)
 os.environ["TFDS_DATA_DIR"] = os.path.join(_FOLDER.name, "datasets")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER.name, "programs")
+# Programs that several tests run, here, in other processes of pytest and in
+# subprocesses, are compiled once. With a limit, JAX locks the folder: nobody
+# reads what another is writing.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    _FOLDER.name, "programs"
+  )
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"

@@ -195,6 +195,7 @@ def test_what_another_plan_left_is_not_used(data, monkeypatch):
   assert prepared.path == path
 
 
+@pytest.mark.slow
 def test_killed_preparation_ends_with_the_same_bytes(tmp_path):
   write_images(tmp_path / "images", 600, size=64)
   program = (

@@ -93,7 +93,6 @@ def test_two_processes_go_on_and_score_as_one(stopped, tmp_path):
     f"--config.total_kimg={kimg}",
     f"--config.evaluation.every_kimg={kimg}",
     "--config.evaluation.num_samples=1000",
-    "--config.fsdp=4",
     "--workdir=two",
     cwd=tmp_path,
     program=("-c", _TINY_NETWORK),
