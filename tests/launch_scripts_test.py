@@ -276,9 +276,11 @@ def test_launching_twice_creates_nothing_twice(place, world):
     assert len(starts(world, place)) == 2  # two units
     return
   # Here launch ends with the run: the second one finds it running.
+  world._write("units", UNITS.replace("0 1", "0"))
   world.set(queue="ACTIVE", node="READY", run="running")
-  world.launch(place, DEFAULT, "--name=x")
+  world.launch(place, DEFAULT)
   assert not starts(world, place)
+  assert not world.calls("queued-resources create")
 
 
 @pytest.mark.parametrize(
