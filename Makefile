@@ -55,7 +55,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: lint $(TOOLS:%=.venv/tools/%/installed)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -o faulthandler_timeout=1800
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
