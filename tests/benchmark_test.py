@@ -168,7 +168,7 @@ def test_bad_config_is_refused():
 def test_reading_is_measured_at_three_sizes(monkeypatch):
   monkeypatch.setattr(data, "_NUM_IMAGES", 256)
   monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 256)
-  results = data.run(config=None, seconds=0.05)
+  results = data.run(seconds=0.05)
   assert [figures["image_size"] for figures in results] == [32, 64, 128]
   for figures in results:
     np.testing.assert_allclose(
@@ -188,7 +188,7 @@ def test_metrics_are_measured_beside_torch_fidelity(monkeypatch):
   assert fidelity.torch
   monkeypatch.setattr(metrics, "NUM_IMAGES", 2100)
   monkeypatch.setattr(features, "BATCH_SIZE", 1)
-  (figures,) = metrics.run(config=None, seconds=0.0)
+  (figures,) = metrics.run(seconds=0.0)
   np.testing.assert_allclose(
     figures["features_ratio"],
     figures["features_per_sec"] / figures["torch_fidelity_features_per_sec"],
@@ -207,7 +207,7 @@ def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
 
   monkeypatch.setattr(metrics.fidelity, "load", fail)
   with pytest.raises(config_lib.ConfigError, match="--no-deps"):
-    metrics.run(config=None, seconds=0.0)
+    metrics.run(seconds=0.0)
 
 
 def test_lists_of_figures_are_printed_as_tables():

@@ -223,14 +223,14 @@ def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
   assert (tmp_path / "file").read_text() == ""
 
 
-def test_changes_are_those_that_a_run_may_make():
+def test_places_of_another_config_change_nothing_else():
   config = tiny.tiny_config()
   other = tiny.tiny_config(
     {"data.data_dir": "elsewhere", "evaluation.num_samples": 7, "seed": 5}
   )
-  changed = config_lib.with_changes(config, other)
+  changed = config_lib.with_places(config, other)
   assert changed.data.data_dir == "elsewhere"
-  assert changed.evaluation.num_samples == 7
+  assert changed.evaluation.num_samples == config.evaluation.num_samples != 7
   assert changed.seed == config.seed
   assert config.data.data_dir == ""
 

@@ -124,8 +124,7 @@ def test_best_is_a_workdir_of_the_lowest_score(evaluated, tmp_path):
   best = min(records, key=lambda record: record["scores"]["fd_tiny1k"])
   config = config_lib.load(workdir / "best")
   assert config == config_lib.load(workdir)
-  mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(workdir / "best", config, mesh)
+  _, mesh, state = checkpoint.load_run(workdir / "best")
   assert int(state.step) == best["step"]
   with checkpoint.open_manager(workdir) as manager:
     expected = checkpoint.restore(manager, config, mesh, best["step"])
@@ -254,7 +253,7 @@ def test_data_may_have_moved(workdir, tmp_path):
   old = prepare.prepare(config.data)
   config.data.data_dir = str(tmp_path / "data")
   shutil.copytree(old, prepare.prepared_path(config.data))
-  evaluate_quietly(workdir, changes=config)
+  evaluate_quietly(workdir, places=config)
   assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
 
 

@@ -67,6 +67,14 @@ BAD_INPUT = {
     ["config.batch_size=8", "8 devices times config.accumulation=2"],
   ),
   "samples without a workdir": (["--mode=sample"], ["--workdir"]),
+  "seed of the latents for training": (
+    [DIGITS, "--seed=3"],
+    ["--seed is for --mode=evaluate and --mode=sample", "--mode=train"],
+  ),
+  "checkpoint for sampling": (
+    ["--mode=sample", "--workdir=run", "--checkpoint=2"],
+    ["--checkpoint is for --mode=evaluate,", "--mode=sample"],
+  ),
   "samples of no run": (
     ["--mode=sample", "--workdir=elsewhere"],
     ["elsewhere", "not a workdir"],

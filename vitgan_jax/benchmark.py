@@ -32,8 +32,8 @@ from vitgan_jax.config import ConfigError
 _FLAGS = {
   "train": ("config", "seconds"),
   "sample": ("config", "seconds"),
-  "data": ("config", "seconds"),
-  "metrics": ("config", "seconds"),
+  "data": ("seconds",),
+  "metrics": ("seconds",),
   "tpu": ("config", "topology", "batch_per_chip"),
 }
 _NEEDS_CONFIG = ("train", "sample", "tpu")

@@ -3,6 +3,8 @@
 from etils import epath
 import orbax.checkpoint as ocp
 
+from vitgan_jax import compilation, partitioning, processes
+from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
 from vitgan_jax.train_state import state_shapes
 
@@ -90,19 +92,27 @@ def restore_data_state(manager, step):
   ).data
 
 
-def restore_latest(workdir, config, mesh):
-  """Returns the GANState of a workdir's last checkpoint; writes nothing.
+def load_run(workdir, devices=None):
+  """Loads a workdir's last checkpoint; writes nothing into it.
+
+  What is compiled from here on is kept where the run's config says.
 
   Args:
     workdir: the run's folder.
-    config: the config that made the run.
-    mesh: of the devices that the arrays go to.
+    devices: those that the arrays go to; None is all of them.
+
+  Returns:
+    The config that made the run, a mesh over the devices, and the GANState.
 
   Raises:
-    ConfigError: if there is no checkpoint.
+    ConfigError: if the folder is no workdir, or has no checkpoint.
   """
+  with processes.together():
+    config = config_lib.load(workdir)
+  compilation.use_cache(config.compilation_cache)
+  mesh = partitioning.create_mesh(devices)
   with open_manager(workdir) as manager:
-    return restore(manager, config, mesh)
+    return config, mesh, restore(manager, config, mesh)
 
 
 def _missing(directory, step=None):

@@ -5,8 +5,12 @@ import json
 from etils import epath
 import ml_collections
 
+# Where a machine keeps things: nothing of the run itself.
+_PLACES = ("compilation_cache", "data.data_dir", "data.path")
+
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
+  *_PLACES,
   "total_kimg",
   # These give the same numbers, up to the order of float32 sums.
   "accumulation",
@@ -17,10 +21,7 @@ _MAY_CHANGE = (
   "num_sample_images",
   "checkpoint_every_kimg",
   "keep_checkpoints",
-  "compilation_cache",
   "profile",
-  "data.data_dir",
-  "data.path",
   "evaluation.features",
   "evaluation.num_samples",
   "evaluation.every_kimg",
@@ -208,11 +209,11 @@ def load(workdir):
   return config
 
 
-def with_changes(config, other):
-  """Returns a config with those values of another that a run may change."""
+def with_places(config, other):
+  """Returns a config that looks for data and programs where another does."""
   values = flatten(other)
   config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({f: values[f] for f in _MAY_CHANGE})
+  config.update_from_flattened_dict({f: values[f] for f in _PLACES})
   return config.lock()
 
 

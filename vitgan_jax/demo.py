@@ -38,19 +38,17 @@ class Pictures:
     # Late: --help and a wrong flag need not wait for JAX.
     import jax
 
-    from vitgan_jax import checkpoint, compilation, config, partitioning, sample
+    from vitgan_jax import checkpoint, sample
 
-    run_config = config.load(workdir)
-    compilation.use_cache(run_config.compilation_cache)
     # One device: its batch is the grid.
-    mesh = partitioning.create_mesh(jax.local_devices()[:1])
-    state = checkpoint.restore_latest(workdir, run_config, mesh)
+    devices = jax.local_devices()[:1]
+    config, mesh, state = checkpoint.load_run(workdir, devices)
     self.step = int(state.step)
     self._params = state.g_ema_params
-    self._mean_w = sample.mean_w(run_config, self._params)
-    self._sampler = sample.make_sampler(run_config, mesh)
+    self._mean_w = sample.mean_w(config, self._params)
+    self._sampler = sample.make_sampler(config, mesh)
     self._interpolate = sample.make_interpolator(
-      run_config, mesh, rows=1, columns=_NUM_BETWEEN
+      config, mesh, rows=1, columns=_NUM_BETWEEN
     )
 
   def draw(self, seed, psi):

@@ -40,6 +40,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "evaluate", "sample"], "What to do."
 )
+# What belongs to other modes than these is refused, not ignored.
+_MODES_OF = {
+  "num_samples": ("evaluate", "sample"),
+  "seed": ("evaluate", "sample"),
+  "checkpoint": ("evaluate",),
+  "features": ("evaluate",),
+  "inception_weights": ("evaluate",),
+  "output": ("sample",),
+}
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples",
   None,
@@ -47,7 +56,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
   "evaluation.num_samples with --mode=evaluate.",
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the latents, not with --mode=train, which has config.seed."
+  "seed", 0, "Of the latents; --mode=train has --config.seed instead."
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -95,6 +104,12 @@ def main(arguments):
   cli.no_arguments(arguments)
   if _MODE.value == "train" and _CONFIG.value is None:
     raise ConfigError("--config=configs/<name>.py is required; see --help")
+  for name, modes in _MODES_OF.items():
+    if flags.FLAGS[name].present and _MODE.value not in modes:
+      raise ConfigError(
+        f"--{name} is for --mode={' and --mode='.join(modes)}, not for "
+        f"--mode={_MODE.value}; see --help"
+      )
   # Late: --help and a wrong flag need not wait for JAX.
   from vitgan_jax import processes
 

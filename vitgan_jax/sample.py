@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import (
-  checkpoint,
-  compilation,
-  partitioning,
-  pictures,
-  processes,
-)
+from vitgan_jax import checkpoint, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.train_state import build_models
 
@@ -157,10 +151,7 @@ def sample(workdir, num_samples, seed, output):
         raise config_lib.ConfigError(
           f"--output={output} is there and not empty; choose a new folder"
         )
-    config = config_lib.load(workdir)
-  compilation.use_cache(config.compilation_cache)
-  mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(workdir, config, mesh)
+  config, mesh, state = checkpoint.load_run(workdir)
   if processes.is_first():
     output.mkdir(parents=True, exist_ok=True)
   sampler = make_sampler(config, mesh)

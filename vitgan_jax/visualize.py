@@ -144,13 +144,10 @@ def draw_discriminator(workdir):
   # Late: --help and the curves need not wait for JAX.
   import jax
 
-  from vitgan_jax import checkpoint, compilation, partitioning, sample
+  from vitgan_jax import checkpoint, sample
   from vitgan_jax.diagnostics import make_diagnostics
 
-  config = config_lib.load(workdir)
-  compilation.use_cache(config.compilation_cache)
-  mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(workdir, config, mesh)
+  config, mesh, state = checkpoint.load_run(workdir)
   sampler = sample.make_sampler(config, mesh)
   samples = np.asarray(sampler(state.g_ema_params, 0, 0))[:NUM_ROWS]
   latents = jax.numpy.zeros((1, config.generator.latent_dim))

@@ -43,14 +43,12 @@ print([l.split()[1] for l in open("/proc/self/status") if "VmHWM" in l][0])
 """
 
 
-def run(config, seconds):
+def run(seconds):
   """Returns the figures, a list of one dict for each image size.
 
   Args:
-    config: not used: the dataset is made here.
     seconds: to measure each figure for.
   """
-  del config
   results = []
   with tempfile.TemporaryDirectory() as folder:
     for size in (32, 64, 128):

@@ -20,17 +20,15 @@ NUM_IMAGES = 10_000  # of either kind, for the time of a whole score
 _THEIR_BATCH = 16  # faster than 64, its default, on a CPU
 
 
-def run(config, seconds):
+def run(seconds):
   """Returns the figures, a list of one dict.
 
   Args:
-    config: not used: there is no model.
     seconds: to measure the features for, of each of the two.
 
   Raises:
     ConfigError: if torch or torch-fidelity is missing.
   """
-  del config
   try:
     fidelity.load("metric_fid")
   except ImportError as error:

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from vitgan_jax import checkpoint, cli, partitioning, sample
+from vitgan_jax import checkpoint, cli, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 
@@ -67,7 +67,7 @@ def judge(classifier, images):
 
 def evaluate(workdir):
   """Returns the scores of the last checkpoint of a workdir, as a dict."""
-  config = config_lib.load(workdir)
+  config, mesh, state = checkpoint.load_run(workdir)
   if config.data.dataset != "sklearn_digits":
     raise config_lib.ConfigError(
       f"{workdir} was trained on {config.data.dataset}, not on the digits"
@@ -80,8 +80,6 @@ def evaluate(workdir):
 
   classifier = fit_classifier(*labelled("train"))
   real_images, real_labels = labelled("test")
-  mesh = partitioning.create_mesh()
-  state = checkpoint.restore_latest(workdir, config, mesh)
   sampler = sample.make_sampler(config, mesh)
   batches = sample.sample_images(sampler, state.g_ema_params, SEED, NUM_SAMPLES)
   counts, per_class, confidence = judge(

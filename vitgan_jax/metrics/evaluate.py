@@ -197,7 +197,7 @@ def evaluate(
   inception_weights="",
   num_samples=None,
   seed=0,
-  changes=None,
+  places=None,
 ):
   """Scores checkpoints of a run.
 
@@ -214,8 +214,8 @@ def evaluate(
     inception_weights: file of Inception's weights; see `inception.load`.
     num_samples: how many images to generate, or None for the config's.
     seed: of their latents.
-    changes: a config, of which those fields count that a run may change, such
-      as where the data are; or None.
+    places: a config that says where the data and compiled programs are on this
+      machine; nothing else of it counts. None is as the run has it.
 
   Raises:
     ConfigError: if there is no such checkpoint, or it cannot be scored.
@@ -226,8 +226,8 @@ def evaluate(
       f"--checkpoint={which!r} must be last, all, watch or a step"
     )
   config = config_lib.load(workdir)
-  if changes is not None:
-    config = config_lib.with_changes(config, changes)
+  if places is not None:
+    config = config_lib.with_places(config, places)
   if num_samples is None:
     num_samples = config.evaluation.num_samples
   if num_samples < 1:
