@@ -75,6 +75,19 @@ BAD_INPUT = {
     ["--mode=sample", "--workdir=run", "--checkpoint=2"],
     ["--checkpoint is for --mode=evaluate,", "--mode=sample"],
   ),
+  "field of the run for evaluation": (
+    [
+      "--mode=evaluate",
+      DIGITS,
+      "--config.data.path=here",
+      "--config.evaluation.num_samples=7",
+    ],
+    ["--config.evaluation.num_samples is for --mode=train", "from the run"],
+  ),
+  "field of the run for sampling": (
+    ["--mode=sample", DIGITS, "--config.data.path=here"],
+    ["--config.data.path is for --mode=train", "from the run"],
+  ),
   "samples of no run": (
     ["--mode=sample", "--workdir=elsewhere"],
     ["elsewhere", "not a workdir"],

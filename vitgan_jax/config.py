@@ -6,11 +6,11 @@ from etils import epath
 import ml_collections
 
 # Where a machine keeps things: nothing of the run itself.
-_PLACES = ("compilation_cache", "data.data_dir", "data.path")
+PLACES = ("compilation_cache", "data.data_dir", "data.path")
 
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
-  *_PLACES,
+  *PLACES,
   "total_kimg",
   # These give the same numbers, up to the order of float32 sums.
   "accumulation",
@@ -213,7 +213,7 @@ def with_places(config, other):
   """Returns a config that looks for data and programs where another does."""
   values = flatten(other)
   config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({f: values[f] for f in _PLACES})
+  config.update_from_flattened_dict({f: values[f] for f in PLACES})
   return config.lock()
 
 

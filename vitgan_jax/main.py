@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import PLACES, ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."
@@ -110,6 +110,15 @@ def main(arguments):
         f"--{name} is for --mode={' and --mode='.join(modes)}, not for "
         f"--mode={_MODE.value}; see --help"
       )
+  given = set()
+  if _CONFIG.value is not None:
+    given.update(config_flags.get_override_values(flags.FLAGS["config"]))
+  uses = {"train": given, "evaluate": set(PLACES), "sample": set()}
+  if unused := given - uses[_MODE.value]:
+    raise ConfigError(
+      f"--config.{min(unused)} is for --mode=train; --mode={_MODE.value} takes "
+      "it from the run; see --help"
+    )
   # Late: --help and a wrong flag need not wait for JAX.
   from vitgan_jax import processes
 
