@@ -166,7 +166,8 @@ def test_logs_samples_and_checkpoints_come_within_the_run(module):
     pytest.param(
       module,
       # Those that take longest to compile.
-      marks=[pytest.mark.slow] * (module in ("celeba64", "lsun_bedroom128")),
+      marks=[pytest.mark.slow]
+      * (module in ("celeba64", "ffhq64", "lsun_bedroom128")),
     )
     for module in MODULES
   ],
