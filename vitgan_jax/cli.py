@@ -38,7 +38,7 @@ def _use_huge_pages():
   """Starts the process again with memory in huge pages, where there are some.
 
   A step of XLA on a CPU takes its memory from the C library and gives it back:
-  in pages of 4 kB that is 15% of the time of a large step. The library
+  in pages of 4 kB that is 9% of the time of a large step. The library
   reads its options when the process starts.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
