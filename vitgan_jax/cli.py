@@ -37,9 +37,9 @@ def run(main):
 def _use_huge_pages():
   """Starts the process again with memory in huge pages, where there are some.
 
-  A step of XLA on a CPU takes its memory from the C library and gives it back:
-  in pages of 4 kB that is 9% of the time of a large step. The library
-  reads its options when the process starts.
+  A step of XLA on a CPU takes its memory from the C library and gives it back,
+  which takes longer in pages of 4 kB (README, Speed). The library reads its
+  options when the process starts.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

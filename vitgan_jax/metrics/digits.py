@@ -67,11 +67,12 @@ def judge(classifier, images):
 
 def evaluate(workdir):
   """Returns the scores of the last checkpoint of a workdir, as a dict."""
-  config, mesh, state = checkpoint.load_run(workdir)
+  config = config_lib.load(workdir)
   if config.data.dataset != "sklearn_digits":
     raise config_lib.ConfigError(
       f"{workdir} was trained on {config.data.dataset}, not on the digits"
     )
+  _, mesh, state = checkpoint.load_run(workdir)
 
   def labelled(split):
     data = ml_collections.ConfigDict({**config.data, "split": split})
