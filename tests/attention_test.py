@@ -1,202 +1,229 @@
-"""Tests of attention and of the transformer block, against loops in numpy."""
+"""The kernel, interpreted on a CPU, against the plain form of attention."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
-from tests.reference import apply, gelu, init_params, normal, standardise
-from vitgan_jax.models.attention import (
-  MultiHeadAttention,
-  TransformerBlock,
-  attention_weights,
-  relative_entropy,
+from vitgan_jax import partitioning
+from vitgan_jax.models import attention, fused_attention, fused_rows
+from vitgan_jax.models.discriminator import Discriminator
+from vitgan_jax.models.generator import Generator
+
+BATCH = 2 * fused_attention.GROUP_SIZE
+NETWORK = dict(
+  image_size=16,
+  patch_size=4,
+  width=48,
+  depth=1,
+  num_heads=3,
+  mlp_dim=32,
+  conv_qkv=False,
+  position_scale=2.0,
 )
-from vitgan_jax.models.layers import LayerNorm, SelfModulatedLayerNorm
 
 
-def naive_weights(queries, keys, kind):
-  """Returns attention weights [B, N, M], one float64 logit at a time."""
-  queries, keys = np.asarray(queries, float), np.asarray(keys, float)
-  logits = np.empty((*queries.shape[:2], keys.shape[1]))
-  for b, i, j in np.ndindex(logits.shape):
-    q, k = queries[b, i], keys[b, j]
-    similarity = -np.sum((q - k) ** 2) if kind == "l2" else np.sum(q * k)
-    logits[b, i, j] = similarity / np.sqrt(len(q))
-  weights = np.exp(logits)
-  return weights / weights.sum(axis=-1, keepdims=True)
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Has kernels run on a CPU; returns the kinds of `attend`'s calls."""
+  attend, apply, calls = fused_attention.attend, fused_rows.apply, []
+
+  def interpret(*args, **kwargs):
+    calls.append(kwargs["kind"])
+    return attend(*args, **kwargs, interpret=True)
+
+  monkeypatch.setattr(fused_attention, "attend", interpret)
+  monkeypatch.setattr(
+    fused_rows, "apply", functools.partial(apply, interpret=True)
+  )
+  return calls
+
+
+def mesh_of(num_devices):
+  return partitioning.create_mesh(jax.devices()[:num_devices])
+
+
+def plain(*inputs, num_heads, kind):
+  """Attends head by head to [B, N, D]."""
+  y = []
+  for head in zip(*(jnp.split(x, num_heads, axis=-1) for x in inputs)):
+    q, k, v = head[0], head[-2], head[-1]
+    y.append(attention.attention_weights(q, k, kind).astype(v.dtype) @ v)
+  return jnp.concatenate(y, axis=-1)
+
+
+def pack(tokens, num_patches):
+  extra = tokens[:, :-num_patches]
+  return fused_attention.pack(
+    tokens[:, -num_patches:], extra if extra.size else None
+  )
+
+
+def unpack(rows, num_patches):
+  patches, extra = fused_attention.unpack(rows, num_patches)
+  return jnp.concatenate([patches] if extra is None else [extra, patches], 1)
+
+
+@pytest.mark.parametrize("num_extra", [0, 1])
+def test_unpacked_rows_are_the_tokens(num_extra):
+  tokens = jax.random.normal(jax.random.key(0), (BATCH, 4 + num_extra, 3))
+  rows = pack(tokens, 4)
+  np.testing.assert_array_equal(unpack(rows, 4), tokens)
+  # Image 17 is the second of the second group.
+  np.testing.assert_array_equal(rows[1, 4:8], tokens[17, num_extra:])
+  if num_extra:
+    np.testing.assert_array_equal(rows[1, 16 * 4 + 1], tokens[17, 0])
 
 
 @pytest.mark.parametrize("kind", ["l2", "dot"])
-def test_weights_match_loops(kind):
-  queries, keys = normal(2, 5, 8), normal(2, 6, 8, seed=1)
-  weights = attention_weights(queries, keys, kind)
-  expected = naive_weights(queries, keys, kind)
-  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("num_extra", [0, 1])
+# Heads of half a register, of a whole one, and a width that fills none.
+@pytest.mark.parametrize("width, num_heads", [(256, 4), (128, 1), (48, 3)])
+def test_kernel_is_plain_attention_with_its_gradient(
+  kind, num_extra, width, num_heads
+):
+  num_patches = 16
+  shape = (4, BATCH, num_patches + num_extra, width)
+  *inputs, dy = jax.random.normal(jax.random.key(1), shape)
+  if kind == "l2":  # of unit variance, each token would see itself alone
+    inputs = [0.4 * inputs[0], inputs[-1]]
+  expected, vjp = jax.vjp(
+    lambda *x: plain(*x, num_heads=num_heads, kind=kind), *inputs
+  )
+
+  def kernel(*inputs):
+    y = fused_attention.attend(
+      *(pack(x, num_patches) for x in inputs),
+      num_patches=num_patches,
+      num_heads=num_heads,
+      kind=kind,
+      mesh=mesh_of(2),
+      interpret=True,
+    )
+    return unpack(y, num_patches)
+
+  actual, kernel_vjp = jax.vjp(kernel, *inputs)
+  # Sums of up to 256 float32 products of size one, in another order.
+  np.testing.assert_allclose(actual, expected, atol=2e-5)
+  for gradient, other in zip(kernel_vjp(dy), vjp(dy)):
+    assert np.std(other) > 0.01
+    np.testing.assert_allclose(gradient, other, atol=5e-5)
 
 
-def test_l2_attention_is_strongest_to_the_nearest_token():
-  tokens = normal(1, 20, 4)
-  tokens[:, 10:] = tokens[:, :10] + 0.01 * normal(1, 10, 4, seed=1)
-  weights = attention_weights(tokens, tokens, "l2")[0]
-  assert_array_equal(np.argmax(weights, axis=-1), np.arange(20))
-  nearest = np.argsort(weights, axis=-1)[:, -2]
-  assert_array_equal(nearest, (np.arange(20) + 10) % 20)
+def test_tokens_of_the_grid_alone_need_no_packing():
+  inputs = jax.random.normal(jax.random.key(2), (3, BATCH, 16, 48))
+  common = dict(num_patches=16, num_heads=3, kind="dot", mesh=mesh_of(1))
+  y = fused_attention.attend(*inputs, **common, interpret=True)
+  np.testing.assert_allclose(
+    y, plain(*inputs, num_heads=3, kind="dot"), atol=1e-5
+  )
 
 
-@pytest.mark.parametrize("kind", ["l2", "dot"])
-def test_logits_are_float32_under_bfloat16(kind):
-  # Tokens far from the origin and near to each other: q . k is about 1,000,
-  # where bfloat16 numbers lie 4 apart, and the logits differ by less than 10.
-  rng = np.random.default_rng(0)
-  tokens = 4.0 + rng.integers(-32, 33, size=(2, 6, 64)) / 32
-  tokens = jnp.asarray(tokens, jnp.bfloat16)
-  weights = attention_weights(tokens[:1], tokens[1:], kind)
-  assert weights.dtype == jnp.float32
-  expected = naive_weights(tokens[:1], tokens[1:], kind)
-  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
+  inputs = 0.4 * jax.random.normal(jax.random.key(3), (2, BATCH, 16, 128))
+  exact = plain(*inputs, num_heads=2, kind="l2")
+  rounded = inputs.astype(jnp.bfloat16)
+  y = fused_attention.attend(
+    *rounded,
+    num_patches=16,
+    num_heads=2,
+    kind="l2",
+    mesh=mesh_of(1),
+    interpret=True,
+  )
+  error = np.abs(y.astype(jnp.float32) - exact).max()
+  plain_error = np.abs(
+    plain(*rounded, num_heads=2, kind="l2").astype(jnp.float32) - exact
+  )
+  assert y.dtype == jnp.bfloat16
+  assert 0 < error < 1.5 * plain_error.max()
+
+
+def test_discriminator_with_the_kernel_is_the_plain_one(interpreted):
+  fields = dict(
+    **NETWORK, overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn"
+  )
+  images = jax.random.normal(jax.random.key(4), (BATCH, 16, 16, 3))
+  network = Discriminator(**fields)
+  variables = network.init(jax.random.key(5), images[:1])
+  fused = Discriminator(**fields, mesh=mesh_of(2))
+  assert_same(network, fused, variables, images)
+  assert interpreted == ["l2"] * NETWORK["depth"]
+
+
+@pytest.mark.parametrize("injection, num_calls", [("sln", 1), ("token", 0)])
+def test_generator_with_the_kernel_is_the_plain_one(
+  interpreted, injection, num_calls
+):
+  fields = dict(
+    **NETWORK,
+    latent_dim=8,
+    mapping_depth=1,
+    mapping_lr_multiplier=1.0,
+    latent_injection=injection,
+    attention="dot",
+    patch_decoder="linear",
+    decoder_dim=8,
+    fourier_scale=2.0,
+  )
+  latents = jax.random.normal(jax.random.key(6), (BATCH, 8))
+  network = Generator(**fields)
+  variables = network.init(jax.random.key(7), latents[:1])
+  assert_same(network, Generator(**fields, mesh=mesh_of(2)), variables, latents)
+  assert interpreted == ["dot"] * num_calls
+
+
+def assert_same(network, fused, variables, inputs):
+  """Checks outputs and gradients of all parameters."""
+
+  def loss(module, params):
+    y = module.apply({**variables, "params": params}, inputs)
+    return jnp.sum(jnp.sin(y)), y
+
+  results = [
+    jax.jit(jax.grad(lambda p, m=module: loss(m, p), has_aux=True))(
+      variables["params"]
+    )
+    for module in (network, fused)
+  ]
+  (expected, y), (gradients, fused_y) = results
+  np.testing.assert_allclose(fused_y, y, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
+    # Sums over images and tokens in another order.
+    np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
 @pytest.mark.parametrize(
-  "row, expected",
+  "change, expected",
   [
-    ([0.25] * 4, 1.0),
-    ([0.5, 0.5, 0.0, 0.0], 0.5),
-    ([0.0, 1.0, 0.0, 0.0], 0.0),
+    ({}, True),
+    ({"num_patches": 256}, True),
+    ({"dtype": jnp.float32}, True),
+    ({"num_patches": 1024, "dtype": jnp.float32}, False),  # too much memory
+    ({"num_patches": 36}, False),  # rows that do not fill registers
+    ({"batch": BATCH + 16}, False),  # one and a half groups a device
+    ({"mesh": None}, False),
   ],
 )
-def test_relative_entropy_of_known_rows(row, expected):
-  assert_allclose(relative_entropy(jnp.array(row)), expected, atol=1e-6)
-
-
-def test_relative_entropy_is_the_mean_over_rows():
-  rows = jnp.array([[[0.25] * 4, [0.0, 0.0, 0.0, 1.0]]])
-  assert_allclose(relative_entropy(rows), 0.5, atol=1e-6)
-
-
-def dense(params, x, gain=1.0):
-  kernel = params["kernel"]
-  return x @ kernel * gain / np.sqrt(len(kernel)) + params.get("bias", 0.0)
-
-
-def reference_attention(params, x, num_heads, kind, qk_gain=1.0):
-  """Returns (output, attention weights) of one head after the other."""
-  head_dim = x.shape[-1] // num_heads
-  outputs, weights = [], []
-  for head in range(num_heads):
-    columns = slice(head * head_dim, (head + 1) * head_dim)
-    queries = dense(params["query"], x, qk_gain)[..., columns]
-    keys = queries
-    if kind == "dot":
-      keys = dense(params["key"], x, qk_gain)[..., columns]
-    weights.append(naive_weights(queries, keys, kind))
-    outputs.append(weights[-1] @ dense(params["value"], x)[..., columns])
-  return dense(params["out"], np.concatenate(outputs, axis=-1)), weights
-
-
-# Of width 6, without a scale or a shift.
-NORM = ({}, {"scale": np.ones((1, 6)), "shift": np.zeros((1, 6))})
-
-
-@pytest.mark.parametrize("kind", ["l2", "dot"])
-def test_multi_head_attention_matches_loop_over_heads(kind):
-  x = normal(2, 5, 6)
-  module = MultiHeadAttention(num_heads=3, kind=kind, conv=False, qk_gain=0.5)
-  params = init_params(module, x, *NORM)
-  (_, y, out), state = module.apply(
-    {"params": params}, x, *NORM, mutable="intermediates"
+def test_kernel_is_called_where_it_fits(change, expected):
+  shape = dict(
+    mesh=mesh_of(2),
+    batch=BATCH,
+    num_patches=64,
+    width=384,
+    num_heads=6,
+    dtype=jnp.bfloat16,
   )
-  y = y @ out[0] + out[1]
-  expected, weights = reference_attention(
-    params, standardise(x), 3, kind, qk_gain=0.5
+  assert fused_attention.can_attend(**{**shape, **change}) == expected
+
+
+def test_batch_that_does_not_fall_into_groups_is_attended_plainly(interpreted):
+  fields = dict(
+    **NETWORK, overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn"
   )
-  assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-  entropy = -np.sum(weights * np.log(weights), axis=-1).mean() / np.log(5)
-  (sown,) = state["intermediates"]["attention_entropy"]
-  assert_allclose(sown, entropy, rtol=1e-4)
-
-
-@pytest.mark.parametrize("conv", [False, True])
-def test_only_l2_attention_ties_query_and_key(conv):
-  def parameters(kind):
-    module = MultiHeadAttention(num_heads=2, kind=kind, conv=conv)
-    variables = jax.eval_shape(
-      module.init, jax.random.key(0), normal(1, 4, 6), *NORM
-    )
-    return set(variables["params"])
-
-  assert parameters("l2") == {"query", "value", "out"}
-  assert parameters("dot") == {"query", "key", "value", "out"}
-
-
-def test_convolution_that_sees_only_its_centre_is_the_dense_projection():
-  x, width = normal(2, 5, 6), 6  # a 2 x 2 grid and a leading token
-  modules = [
-    MultiHeadAttention(num_heads=2, kind="dot", conv=conv)
-    for conv in (False, True)
-  ]
-  params = init_params(modules[0], x, *NORM)
-  conv_params = dict(params)
-  for name in ("query", "key", "value"):
-    kernel = np.zeros((3, 3, width, width), np.float32)
-    # The scales are 1 / sqrt(width) and 1 / sqrt(9 width).
-    kernel[1, 1] = 3.0 * params[name]["kernel"]
-    conv_params[name] = {**params[name], "kernel": kernel}
-  _, expected, _ = apply(modules[0], params, x, *NORM)
-  _, y, _ = apply(modules[1], conv_params, x, *NORM)
-  assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def reference_norm(params, h, w=None):
-  if w is None:
-    return standardise(h) * params["scale"] + params["bias"]
-  modulation = dense(params["modulation"], w)[:, None]
-  gamma, beta = np.split(modulation, 2, axis=-1)
-  return gamma * standardise(h) + beta
-
-
-def reference_block(params, h, *w):
-  y = reference_norm(params["norm_attention"], h, *w)
-  h = h + reference_attention(params["attention"], y, 2, "l2")[0]
-  y = dense(params["mlp_in"], reference_norm(params["norm_mlp"], h, *w))
-  return h + dense(params["mlp_out"], gelu(y))
-
-
-NORMS = pytest.mark.parametrize(
-  "norm, w", [(LayerNorm, ()), (SelfModulatedLayerNorm, (normal(2, 3),))]
-)
-make_block = functools.partial(
-  TransformerBlock,
-  mlp_dim=10,
-  attention=dict(num_heads=2, kind="l2", conv=False),
-)
-
-
-@NORMS
-def test_block_matches_numpy(norm, w):
-  h = 3.0 + 2.0 * normal(2, 5, 6)
-  params = init_params(make_block(norm), h, *w)
-  expected = reference_block(params, h, *w)
-  y = apply(make_block(norm), params, h, *w)
-  assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-
-
-@NORMS
-def test_block_without_its_branches_is_the_identity(norm, w):
-  h = 3.0 + 2.0 * normal(2, 5, 6)
-  params = init_params(make_block(norm), h, *w)
-  for layer in (params["attention"]["out"], params["mlp_out"]):
-    layer.update(jax.tree.map(np.zeros_like, layer))
-  assert_array_equal(apply(make_block(norm), params, h, *w), h)
-
-
-def test_block_adds_its_mlp_branch():
-  h = normal(2, 5, 6)
-  params = init_params(make_block(LayerNorm), h)
-  before = apply(make_block(LayerNorm), params, h)
-  params["mlp_out"]["bias"] += 1.0
-  after = apply(make_block(LayerNorm), params, h)
-  assert_allclose(after - before, 1.0, rtol=1e-5)
+  images = jnp.zeros((BATCH - 1, 16, 16, 3))
+  network = Discriminator(**fields, mesh=mesh_of(1))
+  jax.eval_shape(network.init, jax.random.key(0), images)
+  assert not interpreted

@@ -54,7 +54,6 @@ def build_models(config, mesh=None):
   common = dict(
     image_size=config.data.image_size,
     remat=config.remat,
-    mesh=mesh,
     dtype=jnp.dtype(config.dtype),
   )
   return (

@@ -6,10 +6,29 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax.models import fused_attention, fused_rows
-from vitgan_jax.models.attention import TransformerBlock
+from vitgan_jax.kernels import attention
+from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, LayerNorm, SineEmbedding
 from vitgan_jax.models.patches import overlapping_patches
+from vitgan_jax.models.transformer import TransformerBlock
+
+
+def embed(patches, embedding, positions, class_tokens):
+  """Embeds patches and lays them out as `kernels.attention.pack` does.
+
+  Args:
+    patches: rows [T, F], those of whole groups of g images.
+    embedding: `Linear` from F to D.
+    positions: [N, D].
+    class_tokens: [g, D], one for each image of a group.
+
+  Returns:
+    Rows [T + T / N, D]: of each group all patches, then the class tokens.
+  """
+  y = embedding(patches).reshape(-1, *positions.shape) + positions
+  y = y.reshape(-1, len(class_tokens) * len(positions), y.shape[-1])
+  class_tokens = jnp.broadcast_to(class_tokens, (len(y), *class_tokens.shape))
+  return jnp.concatenate([y, class_tokens], axis=1).reshape(-1, y.shape[-1])
 
 
 class Discriminator(nn.Module):
@@ -32,8 +51,7 @@ class Discriminator(nn.Module):
     position_scale: see `layers.SineEmbedding.scale`.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
-    mesh: TPU devices that share the batch, to attend by
-      `fused_attention` on them; None is the plain form, on any device.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; parameters, sigma and logits are float32.
   """
 
@@ -50,48 +68,36 @@ class Discriminator(nn.Module):
   spectral_norm: str
   position_scale: float
   remat: bool = False
-  mesh: Any = None
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, images):
     """Maps images [B, S, S, 3] to logits [B]; no activation is applied."""
-    batch = images.shape[0]
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
     patches = overlapping_patches(
       images.astype(self.dtype), self.patch_size, self.overlap
     )
-    embedding = Dense(self.width, name="embedding", **common)
-    grid = self.image_size // self.patch_size
+    _, num_patches, features = patches.shape
     positions = SineEmbedding(
-      grid, self.width, self.position_scale, name="positions"
+      self.image_size // self.patch_size,
+      self.width,
+      self.position_scale,
+      name="positions",
     )()
     class_token = self.param(
       "class_token", nn.initializers.normal(1.0), (1, 1, self.width)
     )
-    is_packed = not self.conv_qkv and fused_attention.can_attend(
-      self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
+    group = attention.group_size(self.implementation)
+    h = apply_rows(
+      embed,
+      attention.group_images(patches, group),
+      embedding=Dense(self.width, name="embedding", **common).weights(features),
+      positions=positions,
+      class_tokens=jnp.broadcast_to(class_token[0], (group, self.width)),
+      implementation=self.implementation,
+      max_rows=group * num_patches,
     )
-    if is_packed:
-      features = patches.shape[-1]
-      group = fused_attention.GROUP_SIZE * grid**2
-      h = fused_rows.apply(
-        _embed_and_pack,
-        patches.reshape(-1, group, features),
-        {},
-        dict(
-          embedding=embedding.weights(features),
-          positions=positions,
-          class_token=class_token[0],
-        ),
-        dtype=self.dtype,
-        mesh=self.mesh,
-        max_rows=group,
-      )
-    else:
-      patches = embedding(patches) + positions.astype(self.dtype)
-      class_token = jnp.broadcast_to(class_token, (batch, 1, self.width))
-      h = jnp.concatenate([class_token.astype(self.dtype), patches], axis=1)
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -99,33 +105,19 @@ class Discriminator(nn.Module):
         mlp_dim=self.mlp_dim,
         attention=dict(
           num_heads=self.num_heads,
+          num_patches=num_patches,
           kind=self.attention,
-          qk_gain=self.qk_gain,
           conv=self.conv_qkv,
-          num_patches=grid**2,
+          qk_gain=self.qk_gain,
         ),
-        mesh=self.mesh if is_packed else None,
+        implementation=self.implementation,
         name=f"block{i}",
         **common,
       )(h)
-    if is_packed:
-      _, class_token = fused_attention.unpack(h, grid**2)
-    else:
-      class_token = h[:, :1]
-    y = LayerNorm(self.dtype, name="norm_out")(class_token[:, 0])
+    _, class_token = attention.unpack(h, num_patches, group)
+    norm = LayerNorm(name="norm_out").weights(self.width)
+    y = norm(class_token[:, 0])
     y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(y))
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32
     return Dense(1, name="head_out", **common)(y)[:, 0]
-
-
-def _embed_and_pack(layer, patches, embedding, positions, class_token):
-  """Embeds patches [groups of images and their patches, F]; see `pack`."""
-  y = layer(patches, *embedding)
-  y = y.reshape(-1, *positions.shape) + positions
-  y = y.reshape(-1, fused_attention.GROUP_SIZE, *positions.shape)
-  class_tokens = jnp.broadcast_to(class_token, (*y.shape[:2], 1, y.shape[-1]))
-  y = fused_attention.pack(
-    y.reshape(-1, *positions.shape), class_tokens.reshape(-1, 1, y.shape[-1])
-  )
-  return y.reshape(-1, y.shape[-1])

@@ -1,19 +1,21 @@
 """The ViTGAN generator: w-modulated transformer, implicit patch decoder."""
 
+import functools
 from typing import Any
 
 from flax import linen as nn
 from jax import lax
 import jax.numpy as jnp
 
-from vitgan_jax.models import fused_attention
-from vitgan_jax.models.attention import TransformerBlock
+from vitgan_jax.kernels import attention
+from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import (
   Dense,
   LayerNorm,
   SelfModulatedLayerNorm,
   SineEmbedding,
   leaky_relu,
+  normalise,
 )
 from vitgan_jax.models.patch_decoder import (
   ConcatDecoder,
@@ -21,6 +23,7 @@ from vitgan_jax.models.patch_decoder import (
   ImplicitDecoder,
   LinearDecoder,
 )
+from vitgan_jax.models.transformer import TransformerBlock
 
 
 class MappingNetwork(nn.Module):
@@ -61,8 +64,8 @@ class Generator(nn.Module):
     mapping_depth: layers of the mapping network.
     mapping_lr_multiplier: its relative learning rate.
     latent_injection: where w enters: "sln" (self-modulated LayerNorm, ViTGAN),
-      "add" (to every position embedding) or "token" (prepended); the last two
-      are A and B of the paper's ablation and use plain LayerNorm.
+      "add" (to every position embedding) or "token" (one more token); the last
+      two are A and B of the paper's ablation and use plain LayerNorm.
     attention: "dot" or "l2".
     conv_qkv: whether query, key and value are 3x3 convolutions.
     patch_decoder: "implicit" (modulated), "implicit_concat", "linear", "conv".
@@ -71,8 +74,7 @@ class Generator(nn.Module):
     fourier_scale: the same for the pixels of a patch.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
-    mesh: TPU devices that share the batch, to attend by
-      `fused_attention` on them; None is the plain form, on any device.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; parameters and images are float32.
   """
 
@@ -93,7 +95,7 @@ class Generator(nn.Module):
   position_scale: float
   fourier_scale: float
   remat: bool = False
-  mesh: Any = None
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -126,30 +128,23 @@ class Generator(nn.Module):
 
     The output is not squashed; it is clipped where an image is written.
     """
-    batch = w.shape[0]
     grid = self.image_size // self.patch_size
     positions = SineEmbedding(
       grid, self.width, self.position_scale, name="positions"
     )()
-    h = jnp.broadcast_to(positions, (batch, *positions.shape))
+    h = jnp.broadcast_to(positions, (len(w), *positions.shape))
+    group = attention.group_size(self.implementation)
     if self.latent_injection == "sln":
-      norm, condition = SelfModulatedLayerNorm, (w,)
+      norm = functools.partial(SelfModulatedLayerNorm, dtype=self.dtype)
+      condition = (w,)
     else:
       norm, condition = LayerNorm, ()
       token = Dense(self.width, name="latent_token")(w)[:, None, :]
       if self.latent_injection == "add":
         h = h + token
       else:
-        h = jnp.concatenate([token, h], axis=1)
+        h = attention.pack(h, token, group)
     h = h.astype(self.dtype)
-    is_fused = (
-      not self.conv_qkv
-      and self.latent_injection != "token"
-      and fused_attention.can_attend(
-        self.mesh, batch, grid**2, self.width, self.num_heads, self.dtype
-      )
-    )
-    mesh = self.mesh if is_fused else None
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -157,19 +152,21 @@ class Generator(nn.Module):
         mlp_dim=self.mlp_dim,
         attention=dict(
           num_heads=self.num_heads,
+          num_patches=grid**2,
           kind=self.attention,
           conv=self.conv_qkv,
-          num_patches=grid**2,
         ),
-        mesh=mesh,
+        implementation=self.implementation,
         dtype=self.dtype,
         name=f"block{i}",
       )(h, *condition)
-    y = norm(self.dtype, mesh, name="norm_out")(h, *condition)
-    images = self._decode(y[:, -(grid**2) :], w, mesh)
-    return images.astype(jnp.float32)
+    if self.latent_injection == "token":
+      h, _ = attention.unpack(h, grid**2, group)
+    norm = norm(name="norm_out").weights(self.width, *condition)
+    y = apply_rows(normalise, h, norm, implementation=self.implementation)
+    return self._decode(y, w).astype(jnp.float32)
 
-  def _decode(self, embeddings, w, mesh):
+  def _decode(self, embeddings, w):
     if self.patch_decoder == "linear":
       decoder = LinearDecoder(self.patch_size, self.dtype, name="decoder")
       return decoder(embeddings)
@@ -181,5 +178,7 @@ class Generator(nn.Module):
     common = (self.patch_size, self.decoder_dim, self.fourier_scale)
     if self.patch_decoder == "implicit_concat":
       return ConcatDecoder(*common, self.dtype, name="decoder")(embeddings)
-    decoder = ImplicitDecoder(*common, mesh, self.dtype, name="decoder")
+    decoder = ImplicitDecoder(
+      *common, self.implementation, self.dtype, name="decoder"
+    )
     return decoder(embeddings)

@@ -2,17 +2,22 @@
 
 Parameters are stored as N(0, 1 / lr_multiplier) and scaled at run time, so
 that Adam moves every layer at the same relative rate (Karras et al. 2018).
+
+A module keeps the parameters; `weights` returns them as they are applied: a
+`Linear` or a `Norm`, which is a pytree and a function of rows at once. So a
+transformer block is plain functions of rows (`kernels.rows`).
 """
 
+import functools
 from typing import Any
 
+import flax
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.models import fused_rows
 from vitgan_jax.models.spectral_norm import SpectralNorm
 
 LAYER_NORM_EPSILON = 1e-6
@@ -21,6 +26,65 @@ LAYER_NORM_EPSILON = 1e-6
 def leaky_relu(x):
   """Leaky ReLU of slope 0.2 with the gain sqrt(2) that preserves the scale."""
   return jax.nn.leaky_relu(x, 0.2) * 2.0**0.5
+
+
+@flax.struct.dataclass
+class Linear:
+  """`x @ kernel + bias`, of rows x [R, in].
+
+  The factors of the product have `dtype`; the result has the type of x.
+
+  Attributes:
+    kernel: [in, out], float32.
+    bias: [out] or [1, out], float32, or None.
+    dtype: of the factors.
+  """
+
+  kernel: Any
+  bias: Any
+  dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
+
+  def __call__(self, x):
+    """Maps [R, in] to [R, out]."""
+    return dense(x, self.kernel, self.bias, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def dense(x, kernel, bias, dtype):
+  """Returns `x @ kernel + bias`; see `Linear`.
+
+  Gradients of kernel and bias are float32 whatever the types: they are sums
+  over all rows, and then over all devices.
+  """
+  y = _dot(x, kernel, 1, 0, dtype, x.dtype)
+  return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _dense_forward(x, kernel, bias, dtype):
+  return dense(x, kernel, bias, dtype), (x, kernel, bias)
+
+
+def _dense_backward(dtype, inputs, dy):
+  x, kernel, bias = inputs
+  dx = _dot(dy, kernel, 1, 1, dtype, x.dtype)
+  d_kernel = _dot(x, dy, 0, 0, dtype, jnp.float32)
+  if bias is None:
+    return dx, d_kernel, None
+  d_bias = jnp.sum(dy.astype(jnp.float32), axis=0)
+  return dx, d_kernel, d_bias.reshape(bias.shape)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _dot(a, b, a_axis, b_axis, dtype, result_dtype):
+  dimensions = (((a_axis,), (b_axis,)), ((), ()))
+  return lax.dot_general(
+    a.astype(dtype),
+    b.astype(dtype),
+    dimensions,
+    preferred_element_type=result_dtype,
+  )
 
 
 class _Equalized(nn.Module):
@@ -46,9 +110,9 @@ class _Equalized(nn.Module):
 
   @nn.compact
   def weights(self, *fan_in):
-    """Returns (kernel [*fan_in, features], bias [features] or None), float32.
+    """Returns the `Linear` of a kernel [*fan_in, features].
 
-    As they are applied: scaled, the kernel normalised.
+    As it is applied: scaled, the kernel normalised.
     """
     init = nn.initializers.normal(1.0 / self.lr_multiplier)
     shape = (*fan_in, self.features)
@@ -56,14 +120,14 @@ class _Equalized(nn.Module):
     scale = self.gain * self.lr_multiplier / np.sqrt(np.prod(fan_in))
     kernel = SpectralNorm(self.spectral_norm, name="norm")(kernel * scale)
     if not self.use_bias:
-      return kernel, None
+      return Linear(kernel, None, self.dtype)
 
     def init_bias(unused_key, shape, dtype):
       value = jnp.asarray(self.bias_init, dtype) / self.lr_multiplier
       return jnp.broadcast_to(value, shape)
 
     bias = self.param("bias", init_bias, (self.features,), jnp.float32)
-    return kernel, bias * self.lr_multiplier
+    return Linear(kernel, bias * self.lr_multiplier, self.dtype)
 
 
 class Dense(_Equalized):
@@ -75,31 +139,28 @@ class Dense(_Equalized):
     # A matrix product with one batch dimension: the weight gradient of the
     # [B, N, D] form runs at half the speed on a CPU.
     rows = x.reshape(-1, fan_in).astype(self.dtype)
-    y = fused_rows.dense(rows, *self.weights(fan_in), self.dtype, self.dtype)
-    return y.reshape(*x.shape[:-1], self.features)
+    return self.weights(fan_in)(rows).reshape(*x.shape[:-1], self.features)
 
 
 class TokenConv(_Equalized):
   """A 3x3 convolution over a square grid of tokens.
 
-  A class or latent token that comes before the grid has no neighbours: the
+  A class or latent token that comes after the grid has no neighbours: the
   kernel's centre alone acts on it. The spectral norm is that of the kernel as
   a [9 * in, features] matrix.
   """
 
   def __call__(self, x):
-    """Maps [B, N, in] to [B, N, features], or [B, 1 + N, ...] likewise."""
+    """Maps [B, N, in] to [B, N, features], or [B, N + 1, ...] likewise."""
     batch, num_tokens, width = x.shape
-    grid = int(np.sqrt(num_tokens))  # a leading token does not change the floor
-    kernel, bias = self.weights(3, 3, width)
-    kernel = kernel.astype(self.dtype)
-    extra, patches = jnp.split(
-      x.astype(self.dtype), [num_tokens - grid**2], axis=1
-    )
+    grid = int(np.sqrt(num_tokens))  # one token more does not change the floor
+    weights = self.weights(3, 3, width)
+    kernel = weights.kernel.astype(self.dtype)
+    patches, extra = jnp.split(x.astype(self.dtype), [grid**2], axis=1)
     patches = conv3x3(patches.reshape(batch, grid, grid, width), kernel)
     patches = patches.reshape(batch, grid**2, self.features)
-    y = jnp.concatenate([extra @ kernel[1, 1], patches], axis=1)
-    return y if bias is None else y + bias.astype(y.dtype)
+    y = jnp.concatenate([patches, extra @ kernel[1, 1]], axis=1)
+    return y if weights.bias is None else y + weights.bias.astype(y.dtype)
 
 
 def conv3x3(x, kernel):
@@ -109,71 +170,69 @@ def conv3x3(x, kernel):
   )
 
 
-def modulated_norm(unused_layer, x, scale, shift):
-  """Returns the LayerNorm of each row of x [R, D], modulated, in float32.
+@flax.struct.dataclass
+class Norm:
+  """The LayerNorm of each row of x [R, D], modulated.
 
-  Args:
-    unused_layer: see `fused_rows.apply`.
-    x: [R, D], the rows of k images, one image after the other.
-    scale: [k, D], for the rows of each image, or [1, D], for all.
-    shift: likewise.
-  """
-  y = x.astype(jnp.float32)
-  y = y - jnp.mean(y, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-  y = y * lax.rsqrt(variance + LAYER_NORM_EPSILON)
-  y = y.reshape(len(scale), -1, y.shape[-1])
-  y = scale[:, None] * y + shift[:, None]
-  return y.reshape(x.shape)
-
-
-class _Norm(nn.Module):
-  """What both norms share: how they are applied by themselves.
+  Statistics are float32; the result has the type of x.
 
   Attributes:
-    dtype: of the result.
-    mesh: see `fused_rows.apply`.
+    scale: [k, D], for the rows of each of k images, one image after the other;
+      k = 1 is one scale for all.
+    shift: likewise.
   """
 
-  dtype: Any = jnp.float32
-  mesh: Any = None
+  scale: Any
+  shift: Any
 
-  def __call__(self, x, *w):
-    """Maps [..., D] to [..., D]; w as in `weights`."""
-    rows, shared = self.weights(x.shape[-1], *w)
-    return fused_rows.apply(
-      modulated_norm, x, rows, shared, dtype=self.dtype, mesh=self.mesh
-    )
+  def __call__(self, x):
+    """Maps [R, D] to [R, D]."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    y = y * lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    y = y.reshape(len(self.scale), -1, y.shape[-1])
+    y = self.scale[:, None] * y + self.shift[:, None]
+    return y.reshape(x.shape).astype(x.dtype)
 
 
-class LayerNorm(_Norm):
+def normalise(x, norm):
+  """Returns `norm(x)`, a function of rows for `apply_rows`."""
+  return norm(x)
+
+
+class LayerNorm(nn.Module):
   """LayerNorm with float32 statistics."""
 
   @nn.compact
   def weights(self, width):
-    """Returns ({}, {"scale", "shift"}) of `modulated_norm`: for all rows."""
+    """Returns a `Norm` for all rows."""
     scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
     shift = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-    return {}, {"scale": scale[None], "shift": shift[None]}
+    return Norm(scale[None], shift[None])
 
 
-class SelfModulatedLayerNorm(_Norm):
+class SelfModulatedLayerNorm(nn.Module):
   """SLN(h, w) = gamma(w) * (h - mean) / std + beta(w) (ViTGAN, equation 17).
 
   gamma and beta are affine maps of w; their biases start at 1 and 0.
+
+  Attributes:
+    dtype: of the maps.
   """
+
+  dtype: Any = jnp.float32
 
   @nn.compact
   def weights(self, width, w):
-    """Returns ({"scale", "shift"}, {}) of `modulated_norm`, for w [B, W]."""
+    """Returns a `Norm` for the rows of each image, for w [B, W]."""
     modulation = Dense(
       2 * width,
       bias_init=np.repeat([1.0, 0.0], width),
       dtype=self.dtype,
       name="modulation",
     )(w)
-    scale, shift = jnp.split(modulation, 2, axis=-1)
-    return {"scale": scale, "shift": shift}, {}
+    return Norm(*jnp.split(modulation, 2, axis=-1))
 
 
 class SineEmbedding(nn.Module):

@@ -12,9 +12,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.models import fused_rows
+from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import (
   Dense,
+  Linear,
   SineEmbedding,
   conv3x3,
   leaky_relu,
@@ -24,41 +25,34 @@ from vitgan_jax.models.patches import unpatchify
 NUM_CHANNELS = 3
 
 
-# What makes the decoder's kernel, unrolled over pixels, compile in seconds.
-_PIXELS_PER_KERNEL = 16
-_ROWS_PER_KERNEL = 128
-
-
-def modulated_pixels(layer, y, features, hidden_style, hidden, rgb_style, rgb):
+def modulated_pixels(y, features, hidden_style, hidden, rgb_style, rgb):
   """Maps patches to their pixels by two modulated dense layers.
 
   The first is demodulated: with style s and Fourier features e_p, pixel p gets
   `demod * (W^T (s * e_p))`, `demod = rsqrt((W * W)^T (s * s) + 1e-8)` (Karras
-  et al. 2020, equations 1 and 3). It is a function for `fused_rows.apply`.
+  et al. 2020, equations 1 and 3).
 
   Args:
-    layer: see there.
     y: [T, D], embeddings of patches.
-    features: [P, F], e, of the pixels of a patch.
-    hidden_style: weights of the dense layer from y to s.
-    hidden: (W [F, H], bias [H]).
-    rgb_style: weights of the dense layer from y to the scales of the next.
-    rgb: weights of the dense layer from H to colours.
+    features: [P * P, F], e, of the pixels of a patch.
+    hidden_style: `Linear` from y to s [T, F].
+    hidden: `Linear` from F to H, W and its bias.
+    rgb_style: `Linear` from y to the scales of the next layer [T, H].
+    rgb: `Linear` from H to colours.
 
   Returns:
-    [T, P * 3].
+    [T, P * P * 3].
   """
-  kernel, bias = hidden
-  style = layer(y, *hidden_style)
-  demodulation = lax.rsqrt(
-    layer(jnp.square(style), jnp.square(kernel), None) + 1e-8
-  )
-  scale = layer(y, *rgb_style)
+  style = hidden_style(y)
+  product = hidden.replace(bias=None)
+  squared = product.replace(kernel=jnp.square(hidden.kernel))
+  demodulation = lax.rsqrt(squared(jnp.square(style)) + 1e-8)
+  scale = rgb_style(y)
   pixels = []
   for feature in features.astype(style.dtype):
-    x = layer(style * feature, kernel, None) * demodulation
-    x = leaky_relu(x + bias.astype(x.dtype))
-    pixels.append(layer(x * scale, *rgb))
+    x = product(style * feature) * demodulation
+    x = leaky_relu(x + hidden.bias.astype(x.dtype))
+    pixels.append(rgb(x * scale))
   return jnp.concatenate(pixels, axis=-1)
 
 
@@ -71,14 +65,14 @@ class ImplicitDecoder(nn.Module):
     patch_size: pixels along the side of a patch.
     hidden_dim: width of the Fourier features and of the hidden layer.
     fourier_scale: see `layers.SineEmbedding.scale`.
-    mesh: see `fused_rows.apply`.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation.
   """
 
   patch_size: int
   hidden_dim: int
   fourier_scale: float
-  mesh: Any = None
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -89,32 +83,28 @@ class ImplicitDecoder(nn.Module):
       self.patch_size, self.hidden_dim, self.fourier_scale, name="fourier"
     )()
 
-    def style(name):
-      layer = Dense(self.hidden_dim, bias_init=1.0, name=name)
-      return layer.weights(width)
+    def linear(name, features, fan_in, **options):
+      layer = Dense(features, dtype=self.dtype, name=name, **options)
+      return layer.weights(fan_in)
 
     shape = (self.hidden_dim, self.hidden_dim)
     kernel = self.param("hidden_kernel", nn.initializers.normal(1.0), shape)
     bias = self.param("hidden_bias", nn.initializers.zeros, shape[:1])
-    weights = dict(
-      hidden_style=style("hidden_style"),
-      hidden=(kernel / np.sqrt(self.hidden_dim), bias),
-      rgb_style=style("rgb_style"),
-      rgb=Dense(NUM_CHANNELS, name="rgb").weights(self.hidden_dim),
+    pixels = apply_rows(
+      modulated_pixels,
+      embeddings,
+      features=features,
+      hidden_style=linear(
+        "hidden_style", self.hidden_dim, width, bias_init=1.0
+      ),
+      hidden=Linear(kernel / np.sqrt(self.hidden_dim), bias, self.dtype),
+      rgb_style=linear("rgb_style", self.hidden_dim, width, bias_init=1.0),
+      rgb=linear("rgb", NUM_CHANNELS, self.hidden_dim),
+      implementation=self.implementation,
+      # A kernel of all pixels of a patch would take minutes to compile.
+      split=("features", 16),
+      max_rows=128,
     )
-    pixels = [
-      fused_rows.apply(
-        modulated_pixels,
-        embeddings,
-        {},
-        {**weights, "features": features[i : i + _PIXELS_PER_KERNEL]},
-        dtype=self.dtype,
-        mesh=self.mesh,
-        max_rows=_ROWS_PER_KERNEL,
-      )
-      for i in range(0, len(features), _PIXELS_PER_KERNEL)
-    ]
-    pixels = jnp.concatenate(pixels, axis=-1)
     return _to_images(pixels, batch, num_tokens, self.patch_size)
 
 

@@ -2,7 +2,7 @@
 
 Between the attentions all that a transformer does is done to each token, a row,
 by itself: norms, dense layers, activations, skips. Such a function is written
-once, of plain JAX operations, and `apply` runs it in one of two ways:
+once, of plain JAX operations, and `apply_rows` runs it in one of two ways:
 
 - on any device, as it stands;
 - on TPUs, as one kernel that takes some rows at a time through the whole of it,
@@ -17,91 +17,19 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+
+from vitgan_jax.kernels import UnsupportedError
 
 _VMEM_BYTES = 100 * 2**20  # of a program, of 128 MB
 _REGISTER_ROWS = 16  # of bfloat16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def dense(x, kernel, bias, dtype, result_dtype):
-  """Returns `x @ kernel + bias`, [R, out].
-
-  Gradients of kernel and bias are float32 whatever the dtypes: they are sums
-  over all rows, and then over all devices.
-
-  Args:
-    x: [R, in].
-    kernel: [in, out], float32.
-    bias: [out] or [1, out], float32, or None.
-    dtype: of the factors of the matrix products.
-    result_dtype: of their sums, and so of the result and of the gradient of x.
-  """
-  y = _dot(x, kernel, 1, 0, dtype, result_dtype)
-  return y if bias is None else y + bias.astype(y.dtype)
-
-
-def _dense_forward(x, kernel, bias, dtype, result_dtype):
-  return dense(x, kernel, bias, dtype, result_dtype), (x, kernel, bias)
-
-
-def _dense_backward(dtype, result_dtype, inputs, dy):
-  x, kernel, bias = inputs
-  dx = _dot(dy, kernel, 1, 1, dtype, result_dtype).astype(x.dtype)
-  d_kernel = _dot(x, dy, 0, 0, dtype, jnp.float32)
-  if bias is None:
-    return dx, d_kernel, None
-  d_bias = jnp.sum(dy.astype(jnp.float32), axis=0)
-  return dx, d_kernel, d_bias.reshape(bias.shape)
-
-
-dense.defvjp(_dense_forward, _dense_backward)
-
-
-def _dot(a, b, a_axis, b_axis, dtype, result_dtype):
-  dimensions = (((a_axis,), (b_axis,)), ((), ()))
-  return lax.dot_general(
-    a.astype(dtype),
-    b.astype(dtype),
-    dimensions,
-    preferred_element_type=result_dtype,
-  )
-
-
-class _Function(NamedTuple):
-  """A function of rows with what does not change from call to call."""
-
-  function: Any
-  dtype: Any
-  interpret: bool
-
-  @property
-  def name(self):
-    return self.function.__name__.strip("_")
-
-  def __call__(self, tiled, shared):
-    """Returns the function of one tile; float32 between matrix products."""
-    layer = functools.partial(dense, dtype=self.dtype, result_dtype=jnp.float32)
-    x, rows = tiled
-    y = self.function(layer, x, **rows, **shared)
-    return jax.tree.map(lambda y: y.astype(jnp.float32), y)
-
-
-def apply(
-  function,
-  x,
-  rows,
-  shared,
-  *,
-  dtype,
-  mesh=None,
-  max_rows=512,
-  interpret=False,
+def apply_rows(
+  function, x, *others, implementation="xla", max_rows=512, split=None, **shared
 ):
   """Applies a function of rows.
 
@@ -109,67 +37,107 @@ def apply(
   way, and a first one under `jax.jit` only.
 
   Args:
-    function: called as `function(layer, x, **rows, **shared)`, where `layer` is
-      `dense` without its dtypes; returns a pytree of arrays of rows.
+    function: called as `function(x, *others, **shared)`, of arrays of two
+      dimensions; returns a pytree of arrays of rows. It computes in the type
+      of x, which in the kernel is float32: see `layers.Linear`.
     x: [..., R, D].
-    rows: {name: [..., D']}, other arrays of rows; fewer than x has, if one of
-      them goes with several.
-    shared: {name: pytree of float32 arrays}, what all rows share.
-    dtype: of the results, and of the factors of matrix products.
-    mesh: TPU devices among which the rows are divided, for the kernel; None is
-      the plain way. It is taken as well where the kernel would not fit.
+    *others: pytrees of arrays [..., R', D'] that go along with the rows of x:
+      fewer than x has, where one of theirs goes with several; a single one goes
+      with all.
+    implementation: "xla", "pallas" or "interpret".
     max_rows: at a time, in the kernel: more make it faster and its code longer.
-    interpret: runs the kernel as ordinary operations, on any device.
+    split: (name, n): what the rows of shared[name] give are columns of the
+      result, side by side, and a kernel takes n of them: its code has them all,
+      one after the other.
+    **shared: pytrees of float32 arrays that all rows share.
 
   Returns:
-    The pytree of arrays [..., R', D''], where R' is R if the function returns
-    as many rows as x has.
+    The pytree of arrays [..., R'', D''] of x's type, where R'' is R if the
+    function returns as many rows as x has.
+
+  Raises:
+    UnsupportedError: if no kernel fits.
   """
-  leading = x.shape[:-2]
-  tiled = jax.tree.map(_as_rows, (x, rows))
-  num_tiles = mesh and _num_tiles(tiled, shared, mesh.size, max_rows)
-  if not num_tiles:
-    layer = functools.partial(dense, dtype=dtype, result_dtype=dtype)
-    x, rows = tiled
-    y = function(layer, x, **rows, **shared)
-  else:
-    fused = _Function(function, dtype, interpret)
-
-    def local(tiled, shared):
-      tiles = jax.tree.map(
-        lambda x: x.reshape(num_tiles, -1, x.shape[-1]), tiled
+  rows, others = jax.tree.map(_as_rows, (x, others))
+  if implementation == "xla":
+    y = function(rows, *others, **shared)
+  elif split is not None and len(shared[split[0]]) > split[1]:
+    name, size = split
+    parts = [
+      shared[name][i : i + size] for i in range(0, len(shared[name]), size)
+    ]
+    columns = [
+      apply_rows(
+        function,
+        rows,
+        *others,
+        implementation=implementation,
+        max_rows=max_rows,
+        **{**shared, name: part},
       )
-      # Registers have two dimensions.
-      shared = jax.tree.map(jnp.atleast_2d, shared)
-      return jax.tree.map(_as_rows, _apply(fused, tiles, shared))
-
-    spec = PartitionSpec(mesh.axis_names)
-    y = jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(spec, PartitionSpec()),
-      out_specs=spec,
-      check_vma=False,
-    )(tiled, shared)
+      for part in parts
+    ]
+    y = jax.tree.map(lambda *y: jnp.concatenate(y, axis=-1), *columns)
+  else:
+    is_interpreted = implementation == "interpret"
+    y = _run(function, rows, others, shared, max_rows, is_interpreted)
   return jax.tree.map(
-    lambda y: y.astype(dtype).reshape(*leading, -1, y.shape[-1]), y
+    lambda y: y.astype(x.dtype).reshape(*x.shape[:-2], -1, y.shape[-1]), y
   )
+
+
+class _Function(NamedTuple):
+  """A function of rows with what does not change from call to call."""
+
+  function: Any
+  others: Any  # structure of the pytree
+  is_shared: tuple  # of each of its leaves, whether all rows share it
+  interpret: bool
+
+  @property
+  def name(self):
+    return self.function.__name__.strip("_")
+
+  def __call__(self, tiled, shared):
+    """Returns the function of one tile, float32."""
+    x, *tiled_leaves = tiled
+    shared_leaves, shared = shared
+    leaves = [iter(tiled_leaves), iter(shared_leaves)]
+    others = jax.tree.unflatten(
+      self.others, [next(leaves[is_shared]) for is_shared in self.is_shared]
+    )
+    y = self.function(x, *others, **shared)
+    return jax.tree.map(lambda y: y.astype(jnp.float32), y)
+
+
+def _run(function, x, others, shared, max_rows, interpret):
+  """Runs a function of rows as a kernel; see `apply_rows`."""
+  leaves, structure = jax.tree.flatten(others)
+  is_shared = tuple(len(leaf) == 1 for leaf in leaves)
+  tiled = [x, *(y for y, s in zip(leaves, is_shared) if not s)]
+  shared = [y for y, s in zip(leaves, is_shared) if s], shared
+  num_tiles = _num_tiles(tiled, shared, max_rows)
+  tiles = [y.reshape(num_tiles, -1, y.shape[-1]) for y in tiled]
+  # Registers have two dimensions.
+  shared = jax.tree.map(jnp.atleast_2d, shared)
+  fused = _Function(function, structure, is_shared, interpret)
+  return jax.tree.map(_as_rows, _apply(fused, tiles, shared))
 
 
 def _as_rows(x):
   return x.reshape(-1, x.shape[-1])
 
 
-def _num_tiles(tiled, shared, num_devices, max_rows):
-  """Returns into how many tiles the rows of a device fall; None if into none.
+def _num_tiles(tiled, shared, max_rows):
+  """Returns into how many tiles the rows fall.
 
   All arrays of rows must fall into as many.
+
+  Raises:
+    UnsupportedError: if they fall into none.
   """
-  num_rows = len(tiled[0]) // num_devices
-  divisor = math.gcd(*(len(x) for x in jax.tree.leaves(tiled)))
-  if divisor % num_devices:
-    return None
-  divisor //= num_devices
+  num_rows = len(tiled[0])
+  divisor = math.gcd(*(len(x) for x in tiled))
   shared = jax.tree.leaves(shared)
   # Weights, once; their gradients, twice; and about eight arrays between
   # inputs and outputs.
@@ -177,10 +145,17 @@ def _num_tiles(tiled, shared, num_devices, max_rows):
   memory = _VMEM_BYTES - 3 * 4 * sum(x.size for x in shared)
   max_rows = min(max_rows, memory // (8 * 4 * width))
   for num_tiles in range(1, divisor + 1):
-    if divisor % num_tiles == 0 and num_rows // num_tiles <= max_rows:
-      size = num_rows // num_tiles
-      return num_tiles if size and size % _REGISTER_ROWS == 0 else None
-  return None
+    size, rest = divmod(num_rows, num_tiles)
+    if divisor % num_tiles == 0 and not rest and size <= max_rows:
+      if size and size % _REGISTER_ROWS == 0:
+        return num_tiles
+      break
+  raise UnsupportedError(
+    f"{num_rows} rows fall into no tiles of at most {max_rows} rows in "
+    f"multiples of {_REGISTER_ROWS}"
+    if max_rows >= _REGISTER_ROWS
+    else "the weights do not fit the chip's memory"
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,7 +167,8 @@ def _apply(fused, tiled, shared):
 
   tile = jax.eval_shape(lambda t, s: fused(_tile(t), s), tiled, shared)
   shapes = jax.tree.map(
-    lambda y: jax.ShapeDtypeStruct((len(tiled[0]), *y.shape), fused.dtype), tile
+    lambda y: jax.ShapeDtypeStruct((len(tiled[0]), *y.shape), tiled[0].dtype),
+    tile,
   )
   return _call(fused, kernel, fused.name, (tiled, shared), (shapes,))[0]
 
@@ -218,14 +194,14 @@ def _apply_backward(fused, residuals, dy):
     def kernel(tiled, shared, dy, d_tiled):
       shared = _whole(shared)
       _, vjp = jax.vjp(lambda tiled: fused(tiled, shared), _tile(tiled))
-      _write(d_tiled, *vjp(_tile(dy, jnp.float32)))
+      _write(d_tiled, *vjp(_tile(dy)))
 
     name = f"{fused.name}_backward_of_rows"
     return *_call(fused, kernel, name, (tiled, shared, dy), (shapes,)), None
 
   def kernel(tiled, shared, dy, d_tiled, d_shared):
     _, vjp = jax.vjp(fused, _tile(tiled), _whole(shared))
-    rows_gradient, shared_gradient = vjp(_tile(dy, jnp.float32))
+    rows_gradient, shared_gradient = vjp(_tile(dy))
     _write(d_tiled, rows_gradient)
 
     @pl.when(pl.program_id(0) == 0)
@@ -278,9 +254,9 @@ def _call(fused, kernel, name, inputs, output_shapes):
   )(*inputs)
 
 
-def _tile(refs, dtype=None):
+def _tile(refs):
   """Reads the tile of a program from a pytree of arrays or references."""
-  return jax.tree.map(lambda ref: ref[0].astype(dtype or ref.dtype), refs)
+  return jax.tree.map(lambda ref: ref[0].astype(jnp.float32), refs)
 
 
 def _whole(refs):

@@ -1,15 +1,15 @@
-"""Attention as one Pallas TPU kernel; an image's scores never leave the chip.
+"""Multi-head attention: the paper's formula, and the same as a TPU kernel.
 
 XLA gives one image's heads, matrices of 65 x 64, a tenth of the matrix unit,
 and writes scores and softmax to memory in between. Here one program takes some
 heads of a group of images, goes through the images one by one, and keeps all in
 VMEM; backward, it computes the scores again.
 
-Tokens come in rows, see `pack`: with 65 tokens an image, no layout of
-[B, N, D] has images that begin at a multiple of 8 rows, as the chip wants them,
-but that of groups with their class tokens last has, without padding.
-
-`attention.attention_weights` is the plain form, and the tests' reference.
+Tokens come as `pack` lays them out: a group of images, all their patches, then
+all their class tokens. The plain form has groups of one image. The kernel has
+larger ones: with 65 tokens an image, no layout of [B, N, D] has images that
+begin at a multiple of 8 rows, as the chip wants them, but this one has, without
+padding.
 """
 
 import functools
@@ -20,7 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+
+from vitgan_jax.kernels import UnsupportedError
 
 GROUP_SIZE = 16  # images; as many bfloat16 rows fill a register
 _LANES = 128
@@ -31,47 +33,139 @@ _VMEM_BYTES = 32 * 2**20  # of a program; the compiler's default is 16 MB
 _NUM_BLOCKS = 2 * 7
 
 
-def can_attend(mesh, batch, num_patches, width, num_heads, dtype):
-  """Says whether `attend` can be called.
+def group_size(implementation):
+  """Returns how many images `pack` puts together."""
+  return 1 if implementation == "xla" else GROUP_SIZE
 
-  Args:
-    mesh: the devices, or None, on which it cannot.
-    batch: images on all devices; whole groups on each are needed.
-    num_patches: of an image; whole registers, and few enough that a group of
-      them, and of all that goes with them, takes three quarters of VMEM.
-    width: of a patch's token.
-    num_heads: divides the width.
-    dtype: of the tokens.
+
+def group_images(x, group):
+  """Puts tokens of `group` images together: [B, N, D] to [B / group, ., D].
+
+  Raises:
+    UnsupportedError: if the images do not fall into groups.
   """
-  if mesh is None or batch % (GROUP_SIZE * mesh.size) or num_patches % 16:
-    return False
-  lanes = _lanes(width, width // num_heads)
-  block = GROUP_SIZE * num_patches * lanes * jnp.dtype(dtype).itemsize
-  return _NUM_BLOCKS * block <= 0.75 * _VMEM_BYTES
+  if len(x) % group:
+    raise UnsupportedError(f"{len(x)} images are not a multiple of {group}")
+  return x.reshape(-1, group * x.shape[1], x.shape[-1])
 
 
-def pack(patches, extra=None):
-  """Puts tokens of GROUP_SIZE images into rows: all patches, then all extras.
+def pack(patches, extra, group):
+  """Puts tokens of `group` images together: all patches, then all extras.
 
   Args:
-    patches: [B, N, D]; GROUP_SIZE divides B.
-    extra: [B, 1, D], class tokens, or None.
+    patches: [B, N, D].
+    extra: [B, 1, D], class tokens.
+    group: divides B.
 
   Returns:
-    [B / GROUP_SIZE, GROUP_SIZE * (N + 1 or N), D].
+    [B / group, group * (N + 1), D].
+
+  Raises:
+    UnsupportedError: if the images do not fall into groups.
   """
-  groups = len(patches) // GROUP_SIZE
-  width = patches.shape[-1]
-  parts = [x for x in (patches, extra) if x is not None]
-  return jnp.concatenate([x.reshape(groups, -1, width) for x in parts], axis=1)
+  parts = [group_images(x, group) for x in (patches, extra)]
+  return jnp.concatenate(parts, axis=1)
 
 
-def unpack(rows, num_patches):
-  """Undoes `pack`: returns (patches, extra or None)."""
-  width = rows.shape[-1]
-  patches, extra = jnp.split(rows, [GROUP_SIZE * num_patches], axis=1)
-  extra = extra.reshape(-1, 1, width) if extra.size else None
-  return patches.reshape(-1, num_patches, width), extra
+def unpack(tokens, num_patches, group):
+  """Undoes `pack`: returns (patches [B, N, D], extra [B, 1 or 0, D])."""
+  width = tokens.shape[-1]
+  patches, extra = jnp.split(tokens, [group * num_patches], axis=1)
+  patches = patches.reshape(-1, num_patches, width)
+  return patches, extra.reshape(len(patches), -1, width)
+
+
+def attention_weights(queries, keys, kind):
+  """Returns the attention weights [B, N, M], float32; each row sums to one.
+
+  "l2": softmax(-||q_i - k_j||^2 / sqrt(d)) (Kim et al. 2021; the ViTGAN paper
+  prints the distance without its sign, which would attend to the farthest
+  token). "dot": softmax(q_i . k_j / sqrt(d)).
+
+  Args:
+    queries: [B, N, d]. The logits are float32 whatever its type.
+    keys: [B, M, d].
+    kind: "l2" or "dot".
+  """
+  logits = jnp.einsum(
+    "bnd,bmd->bnm", queries, keys, preferred_element_type=jnp.float32
+  )
+  if kind == "l2":
+    # ||q_i - k_j||^2 = ||q_i||^2 - 2 q_i . k_j + ||k_j||^2, and a term that is
+    # the same for all j, ||q_i||^2, leaves a softmax over j unchanged.
+    squared_norms = jnp.sum(jnp.square(keys.astype(jnp.float32)), axis=-1)
+    logits = 2.0 * logits - squared_norms[:, None, :]
+  return jax.nn.softmax(logits / np.sqrt(queries.shape[-1]), axis=-1)
+
+
+def split_heads(x, num_heads):
+  """Makes heads a part of the batch: [B, N, D] to [B * H, N, D / H]."""
+  batch, num_tokens, width = x.shape
+  x = x.reshape(batch, num_tokens, num_heads, -1).swapaxes(1, 2)
+  return x.reshape(batch * num_heads, num_tokens, width // num_heads)
+
+
+def attend(
+  queries,
+  keys,
+  values,
+  *,
+  num_patches,
+  num_heads,
+  kind,
+  implementation="xla",
+):
+  """Returns multi-head attention in the shape of the queries.
+
+  Args:
+    queries: [B, N, D]; with a kernel, [B / GROUP_SIZE, R, D], see `pack`, or
+      [B, num_patches, D], whose rows are those already.
+    keys: likewise. Where they are tied to the queries, the same array: the
+      kernel then reads it once.
+    values: likewise.
+    num_patches: tokens of an image, without the extra one.
+    num_heads: divides D.
+    kind: "l2" or "dot"; the kernel knows no others.
+    implementation: "xla", "pallas" or "interpret". The kernel has no second
+      derivative: gradient penalties take the plain form.
+
+  Raises:
+    UnsupportedError: if no kernel fits.
+  """
+  if implementation == "xla":
+    return _attend_plainly(queries, keys, values, num_heads, kind)
+  inputs = (queries, values) if keys is queries else (queries, keys, values)
+  if queries.shape[1] == num_patches:
+    inputs = tuple(group_images(x, GROUP_SIZE) for x in inputs)
+  head_dim = queries.shape[-1] // num_heads
+  _check(num_patches, queries.shape[-1], head_dim, queries.dtype)
+  is_interpreted = implementation == "interpret"
+  y = _attend(inputs, num_patches, head_dim, kind, is_interpreted)
+  return y.reshape(queries.shape)
+
+
+def _attend_plainly(queries, keys, values, num_heads, kind):
+  batch, num_tokens, width = queries.shape
+  queries, keys, values = (
+    split_heads(x, num_heads) for x in (queries, keys, values)
+  )
+  weights = attention_weights(queries, keys, kind)
+  y = jnp.einsum("bnm,bmd->bnd", weights.astype(values.dtype), values)
+  y = y.reshape(batch, num_heads, num_tokens, -1).swapaxes(1, 2)
+  return y.reshape(batch, num_tokens, width)
+
+
+def _check(num_patches, width, head_dim, dtype):
+  """Raises an UnsupportedError unless the kernel takes a group of images."""
+  if num_patches % GROUP_SIZE:
+    raise UnsupportedError(
+      f"{num_patches} tokens an image are not a multiple of {GROUP_SIZE}"
+    )
+  block = GROUP_SIZE * num_patches * _lanes(width, head_dim) * dtype.itemsize
+  if _NUM_BLOCKS * block > 0.75 * _VMEM_BYTES:
+    raise UnsupportedError(
+      f"{num_patches} tokens an image do not fit the chip's memory"
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -90,43 +184,6 @@ def _attend_backward(*args):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def attend(*inputs, num_patches, num_heads, kind, mesh, interpret=False):
-  """Returns multi-head attention in the shape of the queries.
-
-  There is no second derivative: gradient penalties take the plain form.
-
-  Args:
-    *inputs: queries, which with "l2" are the keys too, or queries and keys, and
-      then values; each [B / GROUP_SIZE, R, D], see `pack`, or
-      [B, num_patches, D], whose rows are those already.
-    num_patches: tokens of an image, without the extra one.
-    num_heads: divides D.
-    kind: "l2" or "dot".
-    mesh: devices that share the batch: the compiler cannot divide kernels.
-    interpret: runs the kernel as ordinary operations, on any device.
-  """
-  width = inputs[0].shape[-1]
-  head_dim = width // num_heads
-  spec = PartitionSpec(mesh.axis_names)
-
-  def local(*inputs):
-    rows = tuple(
-      x.reshape(-1, _num_rows(x, num_patches), width) for x in inputs
-    )
-    y = _attend(rows, num_patches, head_dim, kind, interpret)
-    return y.reshape(inputs[0].shape)
-
-  return jax.shard_map(
-    local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-  )(*inputs)
-
-
-def _num_rows(x, num_patches):
-  """Returns the rows of a group."""
-  is_packed = x.shape[1] > num_patches
-  return x.shape[1] if is_packed else GROUP_SIZE * num_patches
 
 
 def _call(kernel, num_outputs, inputs, num_patches, head_dim, kind, interpret):

@@ -1,0 +1,179 @@
+"""The transformer block of both networks, and its attention."""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitgan_jax.kernels import UnsupportedError
+from vitgan_jax.kernels import attention as attention_kernel
+from vitgan_jax.kernels.rows import apply_rows
+from vitgan_jax.models.layers import Dense, TokenConv, normalise
+
+
+def project(h, norm, layers):
+  """Returns h and its projections by `layers` after `norm`: rows [R, D].
+
+  With h, whose gradients from here and from the skip are then summed where
+  they are computed; a sum of two arrays takes as long as a kernel.
+  """
+  y = norm(h)
+  return h, *(layer(y) for layer in layers)
+
+
+def mlp(h, attended, norm, out, mlp_in, mlp_out):
+  """Returns the rest of a block after its attention, of rows [R, D]."""
+  h = h + out(attended)
+  return h + mlp_out(jax.nn.gelu(mlp_in(norm(h))))
+
+
+def relative_entropy(weights):
+  """Returns the mean entropy of attention rows [..., M] over its maximum log M.
+
+  1 is attention to all tokens alike, 0 to a single one.
+  """
+  entropy = -jnp.sum(weights * jnp.log(weights + 1e-12), axis=-1)
+  return jnp.mean(entropy) / np.log(weights.shape[-1])
+
+
+class MultiHeadAttention(nn.Module):
+  """Multi-head self-attention of normalised tokens, but for the last layer.
+
+  With "l2" one projection serves as query and key: only tied weights make L2
+  attention Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
+  heads together is one D x D matrix to the spectral normalisation.
+
+  Attributes:
+    num_heads: must divide D.
+    num_patches: tokens of an image, without a class or latent token.
+    kind: "l2" or "dot".
+    conv: whether query, key and value are 3x3 convolutions over the tokens.
+    qk_gain: gain of the query and key projections at init.
+    spectral_norm: "isn", "sn" or "none".
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
+    dtype: of the computation; logits and softmax are float32.
+  """
+
+  num_heads: int
+  num_patches: int
+  kind: str
+  conv: bool
+  qk_gain: float = 1.0
+  spectral_norm: str = "none"
+  implementation: str = "xla"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, h, norm):
+    """Attends.
+
+    Args:
+      h: tokens [B, N, D], or packed ones, see `kernels.attention.pack`.
+      norm: `layers.Norm`, by which they are normalised first.
+
+    Returns:
+      (h; the attended values, of its shape; the layer that comes next).
+    """
+    width = h.shape[-1]
+    common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
+
+    def projection(name, gain=1.0, use_bias=True):
+      layer = TokenConv if self.conv else Dense
+      return layer(width, use_bias, gain=gain, name=name, **common)
+
+    # A bias that shifts all keys alike cancels in the softmax: its gradient is
+    # rounding noise, which Adam would blow up to steps of full size.
+    if self.kind == "l2":
+      layers = [projection("query", self.qk_gain, use_bias=False)]
+    else:
+      layers = [
+        projection("query", self.qk_gain),
+        projection("key", self.qk_gain, use_bias=False),
+      ]
+    layers.append(projection("value"))
+    rows = functools.partial(apply_rows, implementation=self.implementation)
+    if self.conv:
+      if self.implementation != "xla":
+        raise UnsupportedError("convolutional projections have no kernel")
+      y = rows(normalise, h, norm)
+      projected = [layer(y) for layer in layers]
+    else:
+      layers = [layer.weights(width) for layer in layers]
+      h, *projected = rows(project, h, norm, layers=layers)
+    queries, keys, values = projected[0], projected[-2], projected[-1]
+    if self.implementation == "xla":
+      self._sow_weights(queries, keys)
+    attended = attention_kernel.attend(
+      queries,
+      keys,
+      values,
+      num_patches=self.num_patches,
+      num_heads=self.num_heads,
+      kind=self.kind,
+      implementation=self.implementation,
+    )
+    return h, attended, Dense(width, name="out", **common).weights(width)
+
+  def _sow_weights(self, queries, keys):
+    """Shows the attention weights [B, H, N, N] where a caller asks for them."""
+    if not self.is_mutable_collection("intermediates"):
+      return
+    weights = attention_kernel.attention_weights(
+      attention_kernel.split_heads(queries, self.num_heads),
+      attention_kernel.split_heads(keys, self.num_heads),
+      self.kind,
+    )
+    self.sow("intermediates", "attention_entropy", relative_entropy(weights))
+    weights = weights.reshape(-1, self.num_heads, *weights.shape[1:])
+    self.sow("intermediates", "attention_weights", weights)
+
+
+class TransformerBlock(nn.Module):
+  """A pre-norm block: h' = MSA(norm(h)) + h, then MLP(norm(h')) + h'.
+
+  Both skips come from the tensor before its normalisation: taken after it,
+  no identity path would lead through the network.
+
+  Attributes:
+    norm: makes a normalisation layer, `layers.LayerNorm` or
+      `layers.SelfModulatedLayerNorm`, of a name.
+    mlp_dim: hidden width of the MLP, whose activation is the tanh GELU.
+    attention: keyword arguments of MultiHeadAttention, but for the rest.
+    spectral_norm: of every dense layer.
+    implementation: see MultiHeadAttention.
+    dtype: of the computation.
+  """
+
+  norm: Any
+  mlp_dim: int
+  attention: Any
+  spectral_norm: str = "none"
+  implementation: str = "xla"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, h, *w):
+    """Maps h [B, N, D] to [B, N, D]; `w` are arguments for the norms."""
+    width = h.shape[-1]
+    common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
+    attention = MultiHeadAttention(
+      **self.attention,
+      **common,
+      implementation=self.implementation,
+      name="attention",
+    )
+    norm = self.norm(name="norm_attention").weights(width, *w)
+    h, attended, out = attention(h, norm)
+    return apply_rows(
+      mlp,
+      h,
+      attended,
+      self.norm(name="norm_mlp").weights(width, *w),
+      out=out,
+      mlp_in=Dense(self.mlp_dim, name="mlp_in", **common).weights(width),
+      mlp_out=Dense(width, name="mlp_out", **common).weights(self.mlp_dim),
+      implementation=self.implementation,
+    )
