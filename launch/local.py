@@ -40,6 +40,8 @@ _RESTARTS = flags.DEFINE_integer(
 )
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only print the commands.")
 
+# Of Linux's C library, read when a process starts: a gain on CPUs.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _POLL_SECONDS = 0.5
 _STYLES = {"running": "cyan", "done": "green", "failed": "red"}
 
@@ -65,7 +67,7 @@ class _Job:
     with self.log.open("ab") as log:
       self._process = subprocess.Popen(
         [sys.executable, "-m", "vitgan_jax.main", *self.unit.arguments],
-        env={**os.environ, **variables},
+        env={**_HUGE_PAGES, **os.environ, **variables},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -1,5 +1,3 @@
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -20,46 +18,6 @@ def run_module(name, *arguments, cwd):
     text=True,
     timeout=300,
   )
-
-
-HUGE_PAGES = """
-import ctypes, re, sys
-from vitgan_jax import cli
-
-def main(arguments):
-  malloc = ctypes.CDLL(None).malloc
-  malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-  ctypes.memset(malloc(2**26), 1, 2**26)
-  smaps = open("/proc/self/smaps_rollup").read()
-  print(arguments, re.search(r"AnonHugePages: +([0-9]+)", smaps)[1])
-
-cli.run(main)
-"""
-
-
-@pytest.mark.skipif(
-  not pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
-  or not pathlib.Path("/proc/self/smaps_rollup").exists(),
-  reason="this kernel has no huge pages",
-)
-@pytest.mark.parametrize("tunables, kilobytes", [(None, 2**15), ("", 0)])
-def test_large_memory_is_in_huge_pages(tunables, kilobytes, tmp_path):
-  environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
-  environment.pop("GLIBC_TUNABLES", None)
-  if tunables is not None:  # those of the user stay
-    environment["GLIBC_TUNABLES"] = tunables
-  process = subprocess.run(
-    [sys.executable, "-c", HUGE_PAGES, "a b"],
-    cwd=tmp_path,
-    env=environment,
-    capture_output=True,
-    text=True,
-  )
-  arguments, huge = process.stdout.rsplit(" ", 1)
-  assert arguments == "['a b']"
-  enabled = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-  if "[madvise]" in enabled.read_text():
-    assert int(huge) >= kilobytes and (kilobytes or int(huge) < 2**14)
 
 
 def test_words_that_are_no_flags_are_refused():

@@ -16,7 +16,6 @@ def run(main):
   A wrong flag, a config that does not load, and a ConfigError of `main` end the
   process with one line on standard error and exit code 1.
   """
-  _use_huge_pages()
   # TensorFlow only reads datasets and writes events here: keep it quiet.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -32,18 +31,6 @@ def run(main):
       sys.exit("error: interrupted")
 
   app.run(guarded, flags_parser=_parse_flags)
-
-
-def _use_huge_pages():
-  """Starts the process again with memory in huge pages, where there are some.
-
-  A step of XLA on a CPU takes its memory from the C library and gives it back,
-  which takes longer in pages of 4 kB (README, Speed). The library reads its
-  options when the process starts.
-  """
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
 
 
 def no_arguments(arguments):
