@@ -1,23 +1,9 @@
-import subprocess
-import sys
-
 import pytest
 
 from tests import runs
 from vitgan_jax import cli
+from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
-
-
-def run_module(name, *arguments, cwd):
-  """Runs a command of the package; returns the CompletedProcess."""
-  return subprocess.run(
-    [sys.executable, "-m", f"vitgan_jax.{name}", *arguments],
-    cwd=cwd,
-    env={**runs.os.environ, "PYTHONPATH": str(runs.ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 def test_words_that_are_no_flags_are_refused():
@@ -39,15 +25,31 @@ def test_words_that_are_no_flags_are_refused():
 def test_every_command_answers_bad_input_in_one_line(
   name, arguments, words, tmp_path
 ):
-  process = run_module(name, *arguments, cwd=tmp_path)
-  assert process.returncode == 1
-  (line,) = process.stderr.strip().splitlines()
+  code, _, errors = runs.call(f"vitgan_jax.{name}", *arguments, cwd=tmp_path)
+  assert code == cli.EXIT_FINAL
+  (line,) = errors.splitlines()
   assert line.startswith("error: ") and words in line
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["main", "benchmark", "visualize", "demo"])
 def test_help_shows_examples_and_flags(name, tmp_path):
-  process = run_module(name, "--help", cwd=tmp_path)
-  assert f"python -m vitgan_jax.{name}" in process.stdout
-  assert "--workdir" in process.stdout or "--config" in process.stdout
+  _, output, _ = runs.call(f"vitgan_jax.{name}", "--help", cwd=tmp_path)
+  assert f"python -m vitgan_jax.{name}" in output
+  assert "--workdir" in output or "--config" in output
+
+
+def test_process_shows_its_help(tmp_path):
+  _, output, _ = runs.run_main("--help", cwd=tmp_path)
+  assert "python -m vitgan_jax.main --config=configs/digits.py" in output
+
+
+def test_interrupted_command_is_one_line_and_may_be_started_again(
+  tmp_path, monkeypatch
+):
+  def interrupt(unused_workdir):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(config_lib, "load", interrupt)
+  result = runs.call("vitgan_jax.metrics.digits", cwd=tmp_path)
+  assert result == (cli.EXIT_FAILED, "", "error: interrupted\n")

@@ -135,7 +135,10 @@ def main(arguments):
 def _train():
   from vitgan_jax import train
 
-  train.train_and_evaluate(_CONFIG.value, _workdir())
+  try:
+    train.train_and_evaluate(_CONFIG.value, _workdir())
+  except train.TrainingDivergedError as error:
+    cli.fail(error)
 
 
 def _evaluate():

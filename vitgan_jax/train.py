@@ -22,8 +22,8 @@ from vitgan_jax.monitor import (
 from vitgan_jax.train_state import init_train_state
 
 
-class TrainingDivergedError(config_lib.ConfigError):
-  """A loss is not a finite number."""
+class TrainingDivergedError(RuntimeError):
+  """A loss is not a finite number; the message is one line."""
 
 
 def train_and_evaluate(config, workdir):
