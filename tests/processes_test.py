@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 import signal
 
@@ -116,7 +117,7 @@ def test_error_of_one_process_ends_all(stopped, tmp_path):
     )
   )
   for code, _, errors in results:
-    assert code == 1 and "Traceback" not in errors
+    assert code == 78 and "Traceback" not in errors
     (line,) = [x for x in errors.splitlines() if x.startswith("error:")]
     assert "was made by another config: seed is 0 there and 3 here" in line
   assert runs.snapshot(stopped[0]) == before
@@ -161,6 +162,45 @@ def test_single_process_needs_no_flags():
   with pytest.raises(config_lib.ConfigError, match="mine"):
     with processes.together():
       raise config_lib.ConfigError("mine")
+
+
+@pytest.fixture
+def heard():
+  """Signals that came to the handlers of before, which are not pytest's."""
+  caught = []
+  with contextlib.ExitStack() as stack:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+      before = signal.signal(signum, lambda signum, _: caught.append(signum))
+      stack.callback(signal.signal, signum, before)
+    yield caught
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_is_final(signum, heard):
+  with processes.StopSignal() as stop:
+    assert not stop.requested(2, 2)
+    signal.raise_signal(signum)
+    assert stop.requested(4, 2) and not heard
+    signal.raise_signal(signum)
+    assert heard == [signum]
+
+
+def test_signals_are_caught_during_the_run_only(heard):
+  with processes.StopSignal():
+    pass
+  signal.raise_signal(signal.SIGINT)
+  signal.raise_signal(signal.SIGTERM)
+  assert heard == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_signal_that_is_ignored_stays_so(heard):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with processes.StopSignal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert not stop.requested(2, 2)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested(4, 2)
+  assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.mark.slow

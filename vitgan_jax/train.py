@@ -1,8 +1,6 @@
 """The training loop: reads batches, runs steps, and keeps what they made."""
 
 import contextlib
-import os
-import signal
 
 from clu import parameter_overview
 import jax
@@ -71,7 +69,7 @@ def train_and_evaluate(config, workdir):
   )
   is_first_process = processes.is_first()
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(_StopSignal())
+    stop = stack.enter_context(processes.StopSignal())
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
@@ -223,38 +221,3 @@ def _print_overview(config, workdir, state, images, mesh, first_step):
     f"process(es), workdir {workdir}",
     flush=True,
   )
-
-
-class _StopSignal:
-  """Turns the first SIGINT or SIGTERM into a request to save and stop.
-
-  Where processes run together, SIGTERM to any of them is a request to all: JAX
-  catches it, and passes it on.
-  """
-
-  def __init__(self):
-    self._requested = False
-    self._together = jax.distributed.is_initialized()
-
-  def requested(self, step, steps_per_call):
-    """Returns whether to stop; see `processes.stop_requested`."""
-    if self._together:
-      return processes.stop_requested(step, steps_per_call)
-    return self._requested
-
-  def _request(self, signum, unused_frame):
-    self._requested = True
-    signal.signal(signum, self._before[signum])  # the second one is final
-    if self._together:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  def __enter__(self):
-    caught = [signal.SIGINT] + [signal.SIGTERM] * (not self._together)
-    self._before = {
-      signum: signal.signal(signum, self._request) for signum in caught
-    }
-    return self
-
-  def __exit__(self, *unused_exception):
-    for signum, handler in self._before.items():
-      signal.signal(signum, handler)
