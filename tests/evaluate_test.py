@@ -143,7 +143,7 @@ def record_of(step, value, seed=0):
 def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
   def keep(record):
     state = digits_run.state.replace(step=np.int32(record["step"]))
-    is_best = evaluate.keep(
+    is_best = evaluate.save_if_best(
       tmp_path, record, digits_run.config, state, {"next_image": 0}
     )
     with checkpoint.open_manager(tmp_path / "best") as manager:
@@ -253,7 +253,7 @@ def test_data_may_have_moved(workdir, tmp_path):
   old = prepare.prepare(config.data)
   config.data.data_dir = str(tmp_path / "data")
   shutil.copytree(old, prepare.prepared_path(config.data))
-  evaluate_quietly(workdir, places=config)
+  evaluate_quietly(workdir, machine=config)
   assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
 
 

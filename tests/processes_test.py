@@ -160,7 +160,7 @@ def test_flags_that_do_not_go_together_are_errors(flags, message):
 def test_single_process_needs_no_flags():
   processes.initialize(False, None, None, None, preemptible=True)
   with pytest.raises(config_lib.ConfigError, match="mine"):
-    with processes.together():
+    with processes.raise_together():
       raise config_lib.ConfigError("mine")
 
 

@@ -103,13 +103,13 @@ def _give_up():
   os._exit(1)
 
 
-def is_first():
+def is_primary():
   """Says whether this is the process that writes what one must write."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def together():
+def raise_together():
   """Leaves the block when all processes have; an error of one is one of all.
 
   Without it, a process that ends would leave the others waiting for it in
@@ -135,7 +135,7 @@ def together():
     raise error
 
 
-def as_first(decision):
+def broadcast_from_first(decision):
   """Returns the first process's yes or no: others may have other disks."""
   return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 

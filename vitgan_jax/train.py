@@ -51,7 +51,7 @@ def train_and_evaluate(config, workdir):
       f"config.batch_size={config.batch_size} must be a multiple of the "
       f"{mesh.size} devices{times if config.accumulation > 1 else ''}"
     )
-  with processes.together():  # each host prepares its own copy
+  with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)
   if len(images) < config.batch_size:
     raise config_lib.ConfigError(
@@ -67,7 +67,7 @@ def train_and_evaluate(config, workdir):
     jax.process_index(),
     jax.process_count(),
   )
-  is_first_process = processes.is_first()
+  is_primary = processes.is_primary()
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopSignal())
     manager = stack.enter_context(
@@ -77,11 +77,11 @@ def train_and_evaluate(config, workdir):
       state = init_train_state(config, mesh)
       first_step = 0
     else:
-      first_step = batches.step(
+      first_step = batches.step_of(
         checkpoint.restore_data_state(manager, manager.latest_step())
       )
       state = checkpoint.restore(manager, config, mesh)
-    if is_first_process:
+    if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
@@ -107,24 +107,24 @@ def train_and_evaluate(config, workdir):
       pending = (step, metrics)
       # Asked once: a signal may come at any time.
       stopping = stop.requested(step, config.steps_per_call)
-      if stopping and is_first_process:
+      if stopping and is_primary:
         print("Stopping: saving first", flush=True)
       last = step >= total_steps or stopping
       if last or _passes(config, step, config.sample_every_kimg):
         samples.write(step, state)
       if last or _passes(config, step, config.checkpoint_every_kimg):
         _check_finite(step, metrics)  # a checkpoint must be worth resuming
-        checkpoint.save(manager, state, batches.state(step))
+        checkpoint.save(manager, state, batches.state_at(step))
       if evaluator and _passes(config, step, config.evaluation.every_kimg):
         _check_finite(step, metrics)
         _evaluate(
-          evaluator, config, workdir, state, batches.state(step), writer
+          evaluator, config, workdir, state, batches.state_at(step), writer
         )
       if stopping:
         break
     if pending:
       _finish_call(config, progress, writer, *pending, last=True)
-  if is_first_process:
+  if is_primary:
     if int(state.step) < total_steps:
       print("Stopped. The same command goes on from here.")
     else:
@@ -138,10 +138,10 @@ def _claim_workdir(config, workdir):
   Raises:
     ConfigError: in all processes, if it cannot, or if one does not see it.
   """
-  with processes.together():
-    if processes.is_first():
+  with processes.raise_together():
+    if processes.is_primary():
       config_lib.claim_workdir(config, workdir)
-  with processes.together():
+  with processes.raise_together():
     if config_lib.load(workdir) != config:
       raise config_lib.ConfigError(
         f"--workdir={workdir} must be one folder that all processes see"
@@ -151,7 +151,7 @@ def _claim_workdir(config, workdir):
 def _make_evaluator(config, images, mesh):
   if not config.evaluation.every_kimg:
     return None
-  with processes.together():
+  with processes.raise_together():
     network = features.load_network(config.evaluation.features)
   return evaluate.Evaluator(
     config,
@@ -166,8 +166,8 @@ def _make_evaluator(config, images, mesh):
 def _evaluate(evaluator, config, workdir, state, data_state, writer):
   fake, _ = evaluator.features_of(state.g_ema_params)
   record = evaluator.score(config, state, fake)
-  is_best = evaluate.keep(workdir, record, config, state, data_state)
-  if processes.is_first():
+  is_best = evaluate.save_if_best(workdir, record, config, state, data_state)
+  if processes.is_primary():
     evaluate.report(record, is_best)
     writer.write(record["step"], record["scores"])
 
