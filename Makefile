@@ -51,7 +51,7 @@ demo: .venv/installed
 	$(BIN)/python -m vitgan_jax.main --config=configs/digits.py \
 	  --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.visualize --workdir="$(WORKDIR)"
-	$(BIN)/python -m vitgan_jax.metrics.digits --workdir="$(WORKDIR)"
+	$(BIN)/python -m vitgan_jax.judge_digits --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.main --mode=evaluate --workdir="$(WORKDIR)"
 
 test: lint

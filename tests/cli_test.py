@@ -18,8 +18,8 @@ def test_words_that_are_no_flags_are_refused():
     ("benchmark", [], "usage"),
     ("benchmark", ["trian", "--config=x.py"], "x.py"),
     ("visualize", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("metrics.digits", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("metrics.digits", ["--wrokdir=nowhere"], "wrokdir"),
+    ("judge_digits", ["--workdir=nowhere"], "nowhere is not a workdir"),
+    ("judge_digits", ["--wrokdir=nowhere"], "wrokdir"),
   ],
 )
 def test_every_command_answers_bad_input_in_one_line(
@@ -51,5 +51,5 @@ def test_interrupted_command_is_one_line_and_may_be_started_again(
     raise KeyboardInterrupt
 
   monkeypatch.setattr(config_lib, "load", interrupt)
-  result = runs.call("vitgan_jax.metrics.digits", cwd=tmp_path)
+  result = runs.call("vitgan_jax.judge_digits", cwd=tmp_path)
   assert result == (cli.EXIT_FAILED, "", "error: interrupted\n")

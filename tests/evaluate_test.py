@@ -11,10 +11,10 @@ import scipy.linalg
 
 from configs import digits
 from tests import monitor_test, networks, runs, tiny
-from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
-from vitgan_jax.metrics import evaluate, features, score
+from vitgan_jax.metrics import features, score
 
 NUM_SAMPLES = 1000
 

@@ -7,8 +7,7 @@ import pytest
 from configs import digits
 from tests import monitor_test, runs
 from vitgan_jax import config as config_lib
-from vitgan_jax import processes
-from vitgan_jax.metrics import evaluate
+from vitgan_jax import evaluate, processes
 
 DIGITS = f"--config={runs.ROOT}/configs/digits.py:smoke"
 

@@ -143,7 +143,7 @@ def _train():
 
 def _evaluate():
   workdir = _workdir()
-  from vitgan_jax.metrics import evaluate
+  from vitgan_jax import evaluate
 
   evaluate.evaluate(
     workdir,

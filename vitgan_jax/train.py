@@ -6,11 +6,17 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from vitgan_jax import checkpoint, compilation, partitioning, processes
+from vitgan_jax import (
+  checkpoint,
+  compilation,
+  evaluate,
+  partitioning,
+  processes,
+)
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import evaluate, features
+from vitgan_jax.metrics import features
 from vitgan_jax.monitor import (
   MetricWriter,
   Profiler,

@@ -17,7 +17,7 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
-from vitgan_jax.metrics import features, neighbours, reference, scores
+from vitgan_jax.metrics import compute, features, neighbours, reference
 
 _POLL_SECONDS = 10.0
 _NUM_ROWS = 12  # samples on the picture of their nearest real images
@@ -88,7 +88,7 @@ class Evaluator:
       config: of the run.
       state: GANState.
       fake: of `features_of`, of the state's averaged generator.
-      long: see `scores.compute`.
+      long: see `compute.scores`.
 
     Returns:
       A dict for JSON, in the first process; None in others.
@@ -103,7 +103,7 @@ class Evaluator:
     record = {
       "step": step,
       "kimg": step * config.batch_size / 1000,
-      "scores": scores.compute(
+      "scores": compute.scores(
         self.protocol["network"], self.reference, fake, long
       ),
       "protocol": self.protocol,
@@ -306,7 +306,7 @@ def report(record, is_best):
   )
   verdict = ", the best so far" if is_best else ""
   print(f"Scores of step {record['step']}, {record['kimg']:g} kimg{verdict}:")
-  print(scores.table(record["scores"], note))
+  print(compute.table(record["scores"], note))
   if "class_share" in record:
     shares = [f"{k} {v:.1%}" for k, v in record["class_share"].items()]
     print("  classes, by nearest real images: " + ", ".join(shares[:20]))
