@@ -16,7 +16,7 @@ from tests import fidelity
 from vitgan_jax import partitioning
 from vitgan_jax.benchmarks import tpu
 from vitgan_jax.config import ConfigError
-from vitgan_jax.metrics import inception, weights
+from vitgan_jax.metrics import inception, torch_files
 
 torch = fidelity.torch
 
@@ -48,7 +48,7 @@ def random_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(random_file):
-  return inception.from_state_dict(weights.read_state_dict(random_file))
+  return inception.from_state_dict(torch_files.read_state_dict(random_file))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_reads_what_torch_wrote(legacy, tmp_path):
   }
   path = tmp_path / "weights.pth"
   torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
-  arrays = weights.read_state_dict(path)
+  arrays = torch_files.read_state_dict(path)
   assert list(arrays) == list(tensors)
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(arrays[name], tensor.numpy(), strict=True)
@@ -192,7 +192,7 @@ def test_files_that_name_other_functions_are_refused(legacy, tmp_path):
   value = {"path": pathlib.PurePosixPath("x")}
   torch.save(value, path, _use_new_zipfile_serialization=not legacy)
   with pytest.raises(pickle.UnpicklingError, match="PurePosixPath"):
-    weights.read_state_dict(path)
+    torch_files.read_state_dict(path)
 
 
 def assert_helpful(error):

@@ -107,7 +107,7 @@ def load_run(workdir, devices=None):
   Raises:
     ConfigError: if the folder is no workdir, or has no checkpoint.
   """
-  with processes.together():
+  with processes.raise_together():
     config = config_lib.load(workdir)
   compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh(devices)

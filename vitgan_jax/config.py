@@ -8,11 +8,11 @@ import ml_collections
 from vitgan_jax.kernels import IMPLEMENTATIONS
 
 # Where a machine keeps things: nothing of the run itself.
-PLACES = ("compilation_cache", "data.data_dir", "data.path")
+MACHINE_FIELDS = ("compilation_cache", "data.data_dir", "data.path")
 
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
-  *PLACES,
+  *MACHINE_FIELDS,
   "total_kimg",
   # These give the same numbers, up to the order of float32 sums.
   "accumulation",
@@ -227,11 +227,11 @@ def load(workdir):
   return config
 
 
-def with_places(config, other):
+def with_machine_fields(config, other):
   """Returns a config that looks for data and programs where another does."""
   values = flatten(other)
   config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({f: values[f] for f in PLACES})
+  config.update_from_flattened_dict({f: values[f] for f in MACHINE_FIELDS})
   return config.lock()
 
 

@@ -44,7 +44,7 @@ class Progress:
         f"ETA {datetime.timedelta(seconds=seconds)}"
       )
     line += "".join(f"  {k} {v:.3f}" for k, v in sorted(metrics.items()))
-    if processes.is_first():
+    if processes.is_primary():
       print(line, flush=True)
     return result
 
@@ -59,7 +59,7 @@ class Profiler:
   def __init__(self, config, workdir):
     """Records nothing unless config.profile, and in the first process only."""
     self._folder = epath.Path(workdir)
-    self._wanted = config.profile and processes.is_first()
+    self._wanted = config.profile and processes.is_primary()
     self._calls = 0
     self._running = False
 
@@ -99,7 +99,7 @@ class MetricWriter:
     """Opens the files; all but the first process write nothing."""
     self._workdir = epath.Path(workdir)
     self._writer = None
-    if processes.is_first():
+    if processes.is_primary():
       # Late: it imports TensorFlow.
       from clu import metric_writers
 
@@ -140,7 +140,7 @@ class SampleWriter:
     """
     self.latest = epath.Path(workdir) / "grid.png"
     self._folder = epath.Path(workdir) / "samples"
-    if processes.is_first():
+    if processes.is_primary():
       self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(config, mesh)
@@ -164,7 +164,7 @@ class SampleWriter:
     scalars, insides = self._diagnostics(
       state, self._real_images, self._latents
     )
-    if not processes.is_first():
+    if not processes.is_primary():
       return
     path = self._folder / f"{step:08d}.png"
     pictures.write_png(path, grid, min_side=512)

@@ -171,20 +171,20 @@ def sample(workdir, num_samples, seed, output):
       f"--num_samples={num_samples} must be at least 1"
     )
   check_seed(seed)
-  with processes.together():
-    if processes.is_first() and output.exists():
+  with processes.raise_together():
+    if processes.is_primary() and output.exists():
       if not output.is_dir() or any(output.iterdir()):
         raise config_lib.ConfigError(
           f"--output={output} is there and not empty; choose a new folder"
         )
   config, mesh, state = checkpoint.load_run(workdir)
-  if processes.is_first():
+  if processes.is_primary():
     output.mkdir(parents=True, exist_ok=True)
   sampler = make_sampler(config, mesh)
   batches = sample_images(sampler, state.g_ema_params, seed, num_samples)
   first = []
   # All processes take part in drawing; one writes.
-  if not processes.is_first():
+  if not processes.is_primary():
     for _ in batches:
       pass
     return

@@ -47,7 +47,7 @@ from vitgan_jax import partitioning, sample
 from vitgan_jax.benchmarks import fidelity, hlo
 from vitgan_jax.config import ConfigError
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import features, inception, weights
+from vitgan_jax.metrics import features, inception, torch_files
 from vitgan_jax.train_state import state_shapes
 
 
@@ -200,7 +200,7 @@ def _programs(config, mesh, batch_per_chip):
     except ImportError:
       print("No Inception: it needs torch and torch-fidelity", file=sys.stderr)
       return
-    params = inception.from_state_dict(weights.read_state_dict(path))
+    params = inception.from_state_dict(torch_files.read_state_dict(path))
   batch = images(features.BATCH_SIZE * mesh.size, size, size, 3)
   yield (
     "Inception",

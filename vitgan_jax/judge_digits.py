@@ -1,6 +1,6 @@
 """Judges a run on the digits with a classifier of the real ones.
 
-  python -m vitgan_jax.metrics.digits --workdir=runs/digits
+  python -m vitgan_jax.judge_digits --workdir=runs/digits
 
 Logistic regression (scikit-learn) is fitted on the images that the generator
 was trained on, and tried on those that were held out. It then reads 1,000
