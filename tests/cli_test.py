@@ -11,9 +11,9 @@ from vitgan_jax.config import ConfigError
 
 
 def run_module(name, *arguments, cwd):
-  """Runs a command of the package; returns the CompletedProcess."""
+  """Runs a command; returns the CompletedProcess."""
   return subprocess.run(
-    [sys.executable, "-m", f"vitgan_jax.{name}", *arguments],
+    [sys.executable, "-m", name, *arguments],
     cwd=cwd,
     env={**runs.os.environ, "PYTHONPATH": str(runs.ROOT)},
     capture_output=True,
@@ -71,11 +71,11 @@ def test_words_that_are_no_flags_are_refused():
 @pytest.mark.parametrize(
   "name, arguments, words",
   [
-    ("benchmark", [], "usage"),
-    ("benchmark", ["trian", "--config=x.py"], "x.py"),
-    ("visualize", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("metrics.digits", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("metrics.digits", ["--wrokdir=nowhere"], "wrokdir"),
+    ("benchmarks", [], "usage"),
+    ("benchmarks", ["trian", "--config=x.py"], "x.py"),
+    ("vitgan_jax.visualize", ["--workdir=nowhere"], "nowhere is not a"),
+    ("vitgan_jax.metrics.digits", ["--workdir=nowhere"], "nowhere is not a"),
+    ("vitgan_jax.metrics.digits", ["--wrokdir=nowhere"], "wrokdir"),
   ],
 )
 def test_every_command_answers_bad_input_in_one_line(
@@ -88,8 +88,11 @@ def test_every_command_answers_bad_input_in_one_line(
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "benchmark", "visualize", "demo"])
+@pytest.mark.parametrize(
+  "name",
+  ["vitgan_jax.main", "vitgan_jax.visualize", "vitgan_jax.demo", "benchmarks"],
+)
 def test_help_shows_examples_and_flags(name, tmp_path):
   process = run_module(name, "--help", cwd=tmp_path)
-  assert f"python -m vitgan_jax.{name}" in process.stdout
+  assert f"python -m {name}" in process.stdout
   assert "--workdir" in process.stdout or "--config" in process.stdout

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import tpu
 from tests import fidelity
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import tpu
 from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import inception, weights
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import hlo, tpu
 from configs import cifar10
 from tests import runs
-from vitgan_jax.benchmarks import hlo, tpu
 from vitgan_jax.config import ConfigError
 from vitgan_jax.train_state import build_models
 
@@ -190,11 +190,11 @@ def test_step_flops_follow_the_loss():
 _WITHOUT_INCEPTION = """
 import runpy, sys
 sys.modules["torch_fidelity"] = None
-runpy.run_module("vitgan_jax.benchmark", run_name="__main__", alter_sys=True)
+runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
 """
 
 
-def _run(*arguments, program=("-m", "vitgan_jax.benchmark")):
+def _run(*arguments, program=("-m", "benchmarks")):
   environment = {
     key: value
     for key, value in os.environ.items()

@@ -42,9 +42,9 @@ import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
+from benchmarks import fidelity, hlo
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning, sample
-from vitgan_jax.benchmarks import fidelity, hlo
 from vitgan_jax.config import ConfigError
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import features, inception, weights
@@ -147,7 +147,7 @@ def run(config, topology, batch_per_chip):
 def _devices(topology):
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
-      "`benchmark tpu` needs the TPU compiler: pip install -e '.[tpu]'"
+      "`benchmarks tpu` needs the TPU compiler: pip install -e '.[tpu]'"
     )
   try:
     if topology.split(":")[0] not in CHIPS:
