@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as command
+from benchmarks import data, metrics, peer, sample, train, turns
 from tests import runs
 from tests.tiny import tiny_config
-from vitgan_jax import benchmark
 from vitgan_jax import config as config_lib
 from vitgan_jax import sample as sample_lib
-from vitgan_jax.benchmarks import data, metrics, peer, sample, train, turns
 from vitgan_jax.metrics import features
 
 CONTESTANTS = ("torch", "torch_compile")
@@ -208,10 +208,10 @@ def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
 
 
 def test_lists_of_figures_are_printed_as_tables():
-  assert benchmark._lines([]) == ["none"]
-  assert benchmark._lines(["while.1", "while.2"]) == ["while.1", "while.2"]
+  assert command._lines([]) == ["none"]
+  assert command._lines(["while.1", "while.2"]) == ["while.1", "while.2"]
   rows = [{"kind": "all-reduce", "count": 2}, {"kind": "copy", "count": 1234}]
-  assert benchmark._lines(rows) == [
+  assert command._lines(rows) == [
     "kind        count",
     "all-reduce  2",
     "copy        1234",
@@ -224,7 +224,7 @@ def test_command_prints_one_line_of_json(monkeypatch):
 
   monkeypatch.setattr(train, "run", run)
   code, output, errors = runs.call(
-    "vitgan_jax.benchmark",
+    "benchmarks",
     "train",
     "--config=configs/digits.py:smoke",
     "--seconds=3",
@@ -237,5 +237,5 @@ def test_command_prints_one_line_of_json(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "speed"])
 def test_command_says_how_to_call_it(name, tmp_path):
-  code, _, errors = runs.call("vitgan_jax.benchmark", name, cwd=tmp_path)
+  code, _, errors = runs.call("benchmarks", name, cwd=tmp_path)
   assert code == 78 and errors.startswith("error: usage: ")

@@ -15,27 +15,30 @@ def test_words_that_are_no_flags_are_refused():
 @pytest.mark.parametrize(
   "name, arguments, words",
   [
-    ("benchmark", [], "usage"),
-    ("benchmark", ["trian", "--config=x.py"], "x.py"),
-    ("visualize", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("judge_digits", ["--workdir=nowhere"], "nowhere is not a workdir"),
-    ("judge_digits", ["--wrokdir=nowhere"], "wrokdir"),
+    ("benchmarks", [], "usage"),
+    ("benchmarks", ["trian", "--config=x.py"], "x.py"),
+    ("vitgan_jax.visualize", ["--workdir=nowhere"], "nowhere is not a"),
+    ("vitgan_jax.judge_digits", ["--workdir=nowhere"], "nowhere is not a"),
+    ("vitgan_jax.judge_digits", ["--wrokdir=nowhere"], "wrokdir"),
   ],
 )
 def test_every_command_answers_bad_input_in_one_line(
   name, arguments, words, tmp_path
 ):
-  code, _, errors = runs.call(f"vitgan_jax.{name}", *arguments, cwd=tmp_path)
+  code, _, errors = runs.call(name, *arguments, cwd=tmp_path)
   assert code == cli.EXIT_FINAL
   (line,) = errors.splitlines()
   assert line.startswith("error: ") and words in line
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "benchmark", "visualize", "demo"])
+@pytest.mark.parametrize(
+  "name",
+  ["vitgan_jax.main", "vitgan_jax.visualize", "vitgan_jax.demo", "benchmarks"],
+)
 def test_help_shows_examples_and_flags(name, tmp_path):
-  _, output, _ = runs.call(f"vitgan_jax.{name}", "--help", cwd=tmp_path)
-  assert f"python -m vitgan_jax.{name}" in output
+  _, output, _ = runs.call(name, "--help", cwd=tmp_path)
+  assert f"python -m {name}" in output
   assert "--workdir" in output or "--config" in output
 
 

@@ -56,7 +56,8 @@ def call(module, *arguments, cwd):
   Returns:
     (exit code, stdout, stderr). An exception that is no exit is raised.
   """
-  path = str(ROOT / f"{module.replace('.', '/')}.py")
+  path = ROOT / module.replace(".", "/")
+  path = str(path / "__main__.py" if path.is_dir() else f"{path}.py")
   code = None
   app.define_help_flags()
   with (

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
+from benchmarks import peer, turns
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import peer, turns
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.train_state import init_train_state
 
@@ -67,7 +67,7 @@ def _their_steps(config, state, images, compiled):
   """Returns a function that takes the steps of one call of ours."""
   import torch
 
-  from vitgan_jax.benchmarks import torch_train
+  from benchmarks import torch_train
 
   trainer = torch_train.Trainer(config, state, peer.compile_function(compiled))
   batches = torch.asarray(images, device=torch.get_default_device()).unbind()

@@ -10,8 +10,8 @@ import tempfile
 import jax
 import numpy as np
 
+from benchmarks import fidelity, turns
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import fidelity, turns
 from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import (
   compute,
@@ -40,7 +40,7 @@ def run(seconds):
     fidelity.load("metric_fid")
   except ImportError as error:
     raise ConfigError(
-      "`benchmark metrics` compares with torch-fidelity: run `make test` once, "
+      "`benchmarks metrics` compares with torch-fidelity: run `make test`, "
       "or pip install torch and, with --no-deps, torch-fidelity"
     ) from error
   ours, theirs = _features_per_sec(seconds)

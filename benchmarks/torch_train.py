@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from vitgan_jax.benchmarks import torch_vitgan
+from benchmarks import torch_vitgan
 
 
 def draw_augmentation(batch, size, strengths):

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
+from benchmarks import peer, turns
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import peer, turns
 from vitgan_jax.sample import BATCH_SIZE, make_sampler
 from vitgan_jax.train_state import init_train_state
 
@@ -54,7 +54,7 @@ def _their_sampler(config, g_params, batch_size, compiled):
   """Returns a function that draws a batch, uint8 [B, S, S, 3], in numpy."""
   import torch
 
-  from vitgan_jax.benchmarks import torch_vitgan
+  from benchmarks import torch_vitgan
 
   generator = torch_vitgan.Generator(config)
   torch_vitgan.load_from_jax(generator, g_params)
