@@ -11,6 +11,7 @@ import numpy as np
 from vitgan_jax import pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
+from vitgan_jax.events import EventWriter
 
 _FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
 _NUM_PROFILED_CALLS = 3
@@ -100,28 +101,21 @@ class MetricWriter:
     self._workdir = epath.Path(workdir)
     self._writer = None
     if processes.is_primary():
-      # Late: it imports TensorFlow.
-      from clu import metric_writers
-
-      self._writer = metric_writers.AsyncWriter(
-        metric_writers.SummaryWriter(str(workdir))
-      )
+      self._writer = EventWriter(workdir)
 
   def write(self, step, scalars, images=None):
     """Writes a dict of scalars and a dict of images, uint8 [1, H, W, 3]."""
     if self._writer:
-      self._writer.write_scalars(step, scalars)
+      images = {tag: image[0] for tag, image in (images or {}).items()}
+      self._writer.write(step, scalars, images)
       with (self._workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **scalars}) + "\n")
-      if images:
-        self._writer.write_images(step, images)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused_exception):
     if self._writer:
-      self._writer.flush()
       self._writer.close()
 
 
