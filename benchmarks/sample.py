@@ -6,6 +6,7 @@ import numpy as np
 from benchmarks import peer, turns
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
+from vitgan_jax.models import networks
 from vitgan_jax.sample import BATCH_SIZE, make_sampler
 from vitgan_jax.train_state import init_train_state
 
@@ -19,16 +20,19 @@ def run(config, seconds):
   """
   config_lib.validate(config)
   mesh = partitioning.create_mesh()
-  g_params = init_train_state(config, mesh).g_ema_params
+  nets = networks.build(config)
+  variables = init_train_state(config, nets, mesh).g_ema_variables
   batch_size = BATCH_SIZE * mesh.size
   theirs, note = peer.contestants(
     config,
-    lambda compiled: _their_sampler(config, g_params, batch_size, compiled),
+    lambda compiled: _their_sampler(
+      config, variables["params"], batch_size, compiled
+    ),
   )
-  sampler = make_sampler(config, mesh)
+  sampler = make_sampler(nets, mesh)
 
   def ours():
-    np.asarray(sampler(g_params, 0, 0))
+    np.asarray(sampler(variables, 0, 0))
 
   medians, calls = turns.median_seconds([ours, *theirs.values()], seconds)
   return [

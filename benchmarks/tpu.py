@@ -45,6 +45,7 @@ from vitgan_jax import partitioning, sample
 from vitgan_jax.config import ConfigError
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import features, inception, torch_files
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 
 
@@ -73,6 +74,7 @@ class Program(NamedTuple):
     args: pytrees of `jax.ShapeDtypeStruct`s.
     dtype: in which it computes.
     images_per_chip: of its batch.
+    implementations: see `networks.with_kernels`.
   """
 
   name: str
@@ -80,6 +82,7 @@ class Program(NamedTuple):
   args: tuple
   dtype: str
   images_per_chip: int
+  implementations: list = []
 
 
 # As Google publishes them, but for the clock, which is the peak over the FLOPs
@@ -144,6 +147,7 @@ def run(config, topology, batch_per_chip):
         "topology": f"{topology}, {len(devices)} chips",
         "dtype": program.dtype,
         "images_per_chip": images,
+        "implementations": program.implementations,
         **summarise(text, _bundles(dump, text), chip),
       }
       seconds = figures["estimated_ms"] / 1e3
@@ -191,20 +195,25 @@ def programs(config, mesh):
     sharding = partitioning.replicated(mesh)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  state = state_shapes(config, mesh)
-  batch = images(1, config.batch_size, size, size, 3, axis=1)
+  per_chip = config.batch_size // mesh.size
+  nets, implementations = networks.with_kernels(
+    networks.build(config), mesh, per_chip // config.accumulation
+  )
+  state = state_shapes(config, nets, mesh)
+  batch = {"images": images(1, 1, config.batch_size, size, size, 3, axis=2)}
   yield Program(
     "training step",
-    make_train_steps(config, mesh),
-    (state, batch),
+    make_train_steps(config, nets, mesh),
+    (state, {**batch, "labels": None}),
     config.dtype,
-    config.batch_size // mesh.size,
+    per_chip,
+    implementations,
   )
   number = replicated(jnp.zeros((), jnp.int32))
   yield Program(
     "sampler",
-    sample.make_sampler(config, mesh),
-    (state.g_ema_params, number, number),
+    sample.make_sampler(nets, mesh),
+    (state.g_ema_variables, number, number),
     config.dtype,
     sample.BATCH_SIZE,
   )

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
 import pytest
+from vitgan_jax.models.attention import TransformerBlock
 
 from configs import common
 from tests.reference import gelu, leaves, normal
-from vitgan_jax.models.attention import TransformerBlock
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
 

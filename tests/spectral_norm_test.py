@@ -9,9 +9,9 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import optax
 import pytest
+from vitgan_jax.models.attention import MultiHeadAttention
 
 from tests.reference import normal
-from vitgan_jax.models.attention import MultiHeadAttention
 from vitgan_jax.models.layers import Dense, TokenConv
 from vitgan_jax.models.spectral_norm import (
   SpectralNorm,

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
-
-from tests.reference import apply, gelu, init_params, normal, standardise
 from vitgan_jax.models.attention import (
   MultiHeadAttention,
   TransformerBlock,
   attention_weights,
   relative_entropy,
 )
+
+from tests.reference import apply, gelu, init_params, normal, standardise
 from vitgan_jax.models.layers import LayerNorm, SelfModulatedLayerNorm
 
 

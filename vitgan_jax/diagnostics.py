@@ -3,13 +3,12 @@
 The networks sow what they have to show; what one does not sow is left out.
 """
 
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax import partitioning
+from vitgan_jax import partitioning, pictures
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
 
@@ -74,7 +73,7 @@ def _attention_maps(collections):
   weights = _sown(collections, "attention_weights")
   maps = [
     jnp.mean(weights[name][:, :, -1, :-1], axis=1)
-    for name in sorted(weights, key=natural_key)
+    for name in sorted(weights, key=pictures.natural_key)
   ]
   if not maps or len({x.shape for x in maps}) > 1:
     return None
@@ -83,11 +82,6 @@ def _attention_maps(collections):
   if grid**2 != maps.shape[-1]:
     return None
   return maps.reshape(*maps.shape[:-1], grid, grid)
-
-
-def natural_key(name):
-  """Returns a sorting key that has block10 after block9."""
-  return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
 
 def _sown(collections, name):

@@ -17,7 +17,9 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.events import EventWriter
 from vitgan_jax.metrics import compute, features, neighbours, reference
+from vitgan_jax.models import networks
 
 _POLL_SECONDS = 10.0
 _NUM_ROWS = 12  # samples on the picture of their nearest real images
@@ -27,11 +29,11 @@ _NUM_NEIGHBOURS = 7  # real images beside each
 class Evaluator:
   """Scores generators of one config, by one protocol."""
 
-  def __init__(self, config, images, mesh, network, num_samples, seed):
+  def __init__(self, nets, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
     Args:
-      config: of the run.
+      nets: Networks of the run.
       images: PreparedImages, those of its dataset.
       mesh: the devices.
       network: FeatureNetwork.
@@ -42,7 +44,7 @@ class Evaluator:
     self._num_samples = num_samples
     self._seed = seed
     self._extractor = features.Extractor(network, mesh)
-    self._sampler = sample.make_sampler(config, mesh)
+    self._sampler = sample.make_sampler(nets, mesh)
     # KID takes 1,000 of either, however few are generated.
     num_kept = max(num_samples, 1000)
     self.reference = reference.load(self._extractor, self.images, num_kept)
@@ -59,7 +61,7 @@ class Evaluator:
       "crop": str(card["crop"]),
     }
 
-  def features_of(self, g_params):
+  def features_of(self, variables):
     """Returns `Features` of a generator's samples, and the first of them."""
     batches, first = [], None
     with tqdm(
@@ -71,7 +73,7 @@ class Evaluator:
     ) as progress:
       start = 0  # not progress.n: a bar that is not shown does not count
       while start < self._num_samples:
-        images = self._sampler(g_params, self._seed, start)
+        images = self._sampler(variables, self._seed, start)
         if first is None:
           first = np.asarray(images[:_NUM_ROWS])
         batch = self._extractor(images)
@@ -102,7 +104,7 @@ class Evaluator:
     step = int(state.step)
     record = {
       "step": step,
-      "kimg": step * config.batch_size / 1000,
+      "kimg": step * config_lib.images_per_step(config) / 1000,
       "scores": compute.scores(
         self.protocol["network"], self.reference, fake, long
       ),
@@ -238,13 +240,14 @@ def evaluate(
   network = network or config.evaluation.features
   with processes.raise_together():
     network = features.load_network(network, inception_weights)
+  nets = networks.build(config)
   mesh = partitioning.create_mesh()
   evaluator = None
-  interpolate = sample.make_interpolator(config, mesh)
+  interpolate = sample.make_interpolator(nets, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
       try:
-        state = checkpoint.restore(manager, config, mesh, step)
+        state = checkpoint.restore(manager, config, nets, mesh, step)
         data_state = checkpoint.restore_data_state(manager, step)
       except (OSError, config_lib.ConfigError):
         if which != "watch" or step in manager.all_steps(read=True):
@@ -254,7 +257,7 @@ def evaluate(
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
           images = pipeline.load_images(config.data)
-        evaluator = Evaluator(config, images, mesh, network, num_samples, seed)
+        evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
         record
         for record in read_records(workdir)
@@ -265,8 +268,8 @@ def evaluate(
           report(done[-1], is_best=False)  # of an earlier evaluation
         continue
       # All processes take part; the first writes.
-      fake, first = evaluator.features_of(state.g_ema_params)
-      between = interpolate(state.g_ema_params, seed)
+      fake, first = evaluator.features_of(state.g_ema_variables)
+      between = interpolate(state.g_ema_variables, seed)
       record = evaluator.score(config, state, fake, long=True)
       is_best = save_if_best(workdir, record, config, state, data_state)
       if processes.is_primary():
@@ -323,11 +326,7 @@ def _draw(workdir, step, name, rows):
 
 
 def _write_scalars(workdir, record):
-  # Late: it imports TensorFlow. In a folder of its own: a training run may be
-  # writing into the other.
-  from clu import metric_writers
-
-  writer = metric_writers.SummaryWriter(str(epath.Path(workdir) / "evaluation"))
-  writer.write_scalars(record["step"], record["scores"])
-  writer.flush()
+  # In a folder of its own: a training run may be writing into the other.
+  writer = EventWriter(epath.Path(workdir) / "evaluation")
+  writer.write(record["step"], record["scores"], {})
   writer.close()

@@ -72,15 +72,16 @@ def state_shardings(mesh, state):
 
 
 def global_batch(mesh, local_batch, axis=0):
-  """Makes one sharded array of what each process holds of it.
+  """Makes sharded arrays of what each process holds of them.
 
   Args:
     mesh: of `create_mesh`.
-    local_batch: numpy array, this process's share along `axis`.
+    local_batch: pytree of numpy arrays, this process's share along `axis`.
     axis: the batch axis.
   """
-  return jax.make_array_from_process_local_data(
-    batch_sharding(mesh, axis), local_batch
+  sharding = batch_sharding(mesh, axis)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), local_batch
   )
 
 

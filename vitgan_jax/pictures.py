@@ -1,6 +1,7 @@
 """Pictures of many images: grids, and PNG files."""
 
 import io
+import re
 
 import numpy as np
 from PIL import Image
@@ -49,3 +50,8 @@ def enlarge(image, min_side):
   """Enlarges an image [H, W, C] by whole pixels to at least `min_side`."""
   factor = max(1, -(-min_side // min(image.shape[:2])))
   return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def natural_key(name):
+  """Returns a key for `sorted`, which has block10 after block9."""
+  return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]

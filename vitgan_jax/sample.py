@@ -39,7 +39,7 @@ def make_sampler(nets, mesh):
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
     latents = draw_latents(keys, generator.latent_dim)
     noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    labels = _labels(generator, numbers)
+    labels = labels_of(generator, numbers)
     return _draw(generator, variables, latents, labels, noise_keys, truncation)
 
   whole, split = PartitionSpec(), PartitionSpec(partitioning.BATCH_AXES)
@@ -80,7 +80,7 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
     row = jnp.arange(rows).repeat(columns)
     # What else is random is the same along a row.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
-    labels = _labels(generator, row)
+    labels = labels_of(generator, row)
     images = _draw(generator, variables, latents, labels, keys, truncation)
     return images.reshape(rows, columns, *images.shape[1:])
 
@@ -95,18 +95,18 @@ def mean_w(nets, variables):
   def mean(variables):
     shape = (_NUM_MEAN_LATENTS, generator.latent_dim)
     latents = jax.random.normal(jax.random.key(0), shape)
-    labels = _labels(generator, jnp.arange(len(latents)))
+    labels = labels_of(generator, jnp.arange(len(latents)))
     w = generator.apply(variables, latents, labels, method=_mapping)
     return jnp.mean(w, axis=0)
 
   return mean(variables)
 
 
-def _labels(generator, numbers):
-  """Returns the class of each sample, or None without classes."""
+def labels_of(generator, numbers):
+  """Returns the class of each numbered sample; None without classes."""
   if not generator.num_classes:
     return None
-  return (numbers % generator.num_classes).astype(jnp.int32)
+  return jnp.asarray(numbers % generator.num_classes, jnp.int32)
 
 
 def _mapping(generator, latents, labels):
@@ -177,11 +177,11 @@ def sample(workdir, num_samples, seed, output):
         raise config_lib.ConfigError(
           f"--output={output} is there and not empty; choose a new folder"
         )
-  config, mesh, state = checkpoint.load_run(workdir)
+  _, nets, mesh, state = checkpoint.load_run(workdir)
   if processes.is_primary():
     output.mkdir(parents=True, exist_ok=True)
-  sampler = make_sampler(config, mesh)
-  batches = sample_images(sampler, state.g_ema_params, seed, num_samples)
+  sampler = make_sampler(nets, mesh)
+  batches = sample_images(sampler, state.g_ema_variables, seed, num_samples)
   first = []
   # All processes take part in drawing; one writes.
   if not processes.is_primary():

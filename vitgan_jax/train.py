@@ -17,6 +17,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import features
+from vitgan_jax.models import networks
 from vitgan_jax.monitor import (
   MetricWriter,
   Profiler,
@@ -59,16 +60,22 @@ def train_and_evaluate(config, workdir):
     )
   with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)
+  labels = _labels(config, images)
   if len(images) < config.batch_size:
     raise config_lib.ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size}: give more images or a smaller batch"
     )
+  nets, implementations = networks.with_kernels(
+    networks.build(config),
+    mesh,
+    config.batch_size // (mesh.size * config.accumulation),
+  )
   _claim_workdir(config, workdir)
   batches = pipeline.ShuffledBatches(
     images,
-    config.batch_size,
+    config_lib.images_per_step(config),
     config.seed,
     jax.process_index(),
     jax.process_count(),
@@ -80,33 +87,39 @@ def train_and_evaluate(config, workdir):
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
     if manager.latest_step() is None:
-      state = init_train_state(config, mesh)
+      state = init_train_state(config, nets, mesh)
       first_step = 0
     else:
       first_step = batches.step_of(
         checkpoint.restore_data_state(manager, manager.latest_step())
       )
-      state = checkpoint.restore(manager, config, mesh)
+      state = checkpoint.restore(manager, config, nets, mesh)
     if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
+      print("Computed by", "; ".join(implementations), flush=True)
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
-    samples = SampleWriter(config, workdir, mesh, images, writer)
-    evaluator = _make_evaluator(config, images, mesh)
-    train_steps = make_train_steps(config, mesh)
+    samples = SampleWriter(config, workdir, nets, mesh, images, writer)
+    evaluator = _make_evaluator(config, nets, images, mesh)
+    train_steps = make_train_steps(config, nets, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
 
     def load(step):
-      local = [batches[step + i] for i in range(config.steps_per_call)]
-      return step, partitioning.global_batch(mesh, np.stack(local), axis=1)
+      steps = range(step, step + config.steps_per_call)
+      indices = np.stack([batches.indices(step) for step in steps])
+      indices = indices.reshape(len(steps), config.d_steps, -1)
+      batch = {"images": images[indices], "labels": None}
+      if labels is not None:
+        batch["labels"] = labels[indices]
+      return step, partitioning.global_batch(mesh, batch, axis=2)
 
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
-    for step, real_images in pipeline.prefetch(load, calls):
+    for step, batch in pipeline.prefetch(load, calls):
       profiler.before_call(state)
       with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        state, metrics = train_steps(state, real_images)
+        state, metrics = train_steps(state, batch)
       if pending:
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call
@@ -138,6 +151,24 @@ def train_and_evaluate(config, workdir):
   return state
 
 
+def _labels(config, images):
+  """Returns the classes int32 [num_images], or None without classes.
+
+  Raises:
+    ConfigError: if the dataset has other classes than the config.
+  """
+  if not config.data.num_classes:
+    return None
+  labels = images.labels()
+  num_classes = len(images.card["classes"])
+  if config.data.num_classes != num_classes:
+    raise config_lib.ConfigError(
+      f"config.data.num_classes={config.data.num_classes} must be 0 or the "
+      f"{num_classes} classes of {config.data.dataset}"
+    )
+  return labels
+
+
 def _claim_workdir(config, workdir):
   """Has the first process claim the workdir.
 
@@ -154,13 +185,13 @@ def _claim_workdir(config, workdir):
       )
 
 
-def _make_evaluator(config, images, mesh):
+def _make_evaluator(config, nets, images, mesh):
   if not config.evaluation.every_kimg:
     return None
   with processes.raise_together():
     network = features.load_network(config.evaluation.features)
   return evaluate.Evaluator(
-    config,
+    nets,
     images,
     mesh,
     network,
@@ -170,7 +201,7 @@ def _make_evaluator(config, images, mesh):
 
 
 def _evaluate(evaluator, config, workdir, state, data_state, writer):
-  fake, _ = evaluator.features_of(state.g_ema_params)
+  fake, _ = evaluator.features_of(state.g_ema_variables)
   record = evaluator.score(config, state, fake)
   is_best = evaluate.save_if_best(workdir, record, config, state, data_state)
   if processes.is_primary():
@@ -180,8 +211,8 @@ def _evaluate(evaluator, config, workdir, state, data_state, writer):
 
 def _passes(config, step, every_kimg):
   """Says whether the call that ended at `step` passed a multiple of kimg."""
-  images = step * config.batch_size
-  before = images - config.steps_per_call * config.batch_size
+  images = step * config_lib.images_per_step(config)
+  before = images - config.steps_per_call * config_lib.images_per_step(config)
   every = every_kimg * 1000
   return images // every > before // every
 

@@ -69,8 +69,8 @@ class MappingNetwork(nn.Module):
 class Generator(nn.Module):
   """ViT generator (ViTGAN, section 3.3), latents to images.
 
-  It draws nothing at random: `keys` and `train` are those of all generators, see
-  `networks`.
+  It draws nothing at random: `keys` and `train` are those of all generators,
+  see `networks`.
 
   Attributes:
     image_size: S, pixels along a side.
