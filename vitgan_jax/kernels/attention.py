@@ -138,7 +138,7 @@ def attend(
   if queries.shape[1] == num_patches:
     inputs = tuple(group_images(x, GROUP_SIZE) for x in inputs)
   head_dim = queries.shape[-1] // num_heads
-  _check(num_patches, queries.shape[-1], head_dim, queries.dtype)
+  _check(kind, num_patches, queries.shape[-1], head_dim, queries.dtype)
   is_interpreted = implementation == "interpret"
   y = _attend(inputs, num_patches, head_dim, kind, is_interpreted)
   return y.reshape(queries.shape)
@@ -155,8 +155,10 @@ def _attend_plainly(queries, keys, values, num_heads, kind):
   return y.reshape(batch, num_tokens, width)
 
 
-def _check(num_patches, width, head_dim, dtype):
+def _check(kind, num_patches, width, head_dim, dtype):
   """Raises an UnsupportedError unless the kernel takes a group of images."""
+  if kind not in ("l2", "dot"):
+    raise UnsupportedError(f"{kind!r} attention has no kernel")
   if num_patches % GROUP_SIZE:
     raise UnsupportedError(
       f"{num_patches} tokens an image are not a multiple of {GROUP_SIZE}"
