@@ -88,9 +88,7 @@ def attend_by_kernel(*inputs, **options):
   """Maps tokens [B, N, D], packed on the way if they have an extra one."""
   is_packed = inputs[0].shape[1] > NUM_PATCHES
   if is_packed:
-    inputs = [
-      attention.pack(x[:, :-1], x[:, -1:], GROUP_SIZE) for x in inputs
-    ]
+    inputs = [attention.pack(x[:, :-1], x[:, -1:], GROUP_SIZE) for x in inputs]
   y = attend_plainly(*inputs, **options, implementation="interpret")
   if is_packed:
     y = jnp.concatenate(attention.unpack(y, NUM_PATCHES, GROUP_SIZE), axis=1)

@@ -8,10 +8,10 @@ from numpy.testing import assert_allclose
 import pytest
 
 from configs import common
-from tests.reference import gelu, leaves, normal
-from vitgan_jax.models.attention import TransformerBlock
+from tests.reference import gelu, leaves, normal, standardise
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
+from vitgan_jax.models.transformer import TransformerBlock
 
 SMALL = dict(
   image_size=8,
@@ -44,10 +44,10 @@ def dense(params, x):
 
 
 def reference_tokens(params, images, overlap, position_scale):
-  """Returns [class token ; patches + positions] of 8 x 8 images, P = 4."""
+  """Returns [patches + positions ; class token] of 8 x 8 images, P = 4."""
   border = (overlap, overlap)
   padded = np.pad(images, [(0, 0), border, border, (0, 0)])
-  tokens = [np.broadcast_to(params["class_token"][0], (len(images), 16))]
+  tokens = []
   for i, j in np.ndindex(2, 2):
     window = padded[
       :, 4 * i : 4 * (i + 1) + 2 * overlap, 4 * j : 4 * (j + 1) + 2 * overlap
@@ -58,6 +58,7 @@ def reference_tokens(params, images, overlap, position_scale):
     tokens.append(
       dense(params["embedding"], patch) + np.sin(centre @ frequencies)
     )
+  tokens.append(np.broadcast_to(params["class_token"][0], (len(images), 16)))
   return np.stack(tokens, axis=1)
 
 
@@ -72,14 +73,18 @@ def test_discriminator_matches_its_parts(overlap):
   block = TransformerBlock(
     LayerNorm,
     24,
-    dict(num_heads=2, kind="l2", conv=False, qk_gain=discriminator.qk_gain),
+    dict(
+      num_heads=2,
+      num_patches=4,
+      kind="l2",
+      conv=False,
+      qk_gain=discriminator.qk_gain,
+    ),
   )
   tokens = reference_tokens(params, images, overlap, 2.0)
   h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
-  y = np.asarray(h[:, 0])  # the class token
-  y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
   norm = params["norm_out"]
-  y = y * norm["scale"] + norm["bias"]
+  y = standardise(np.asarray(h[:, -1])) * norm["scale"] + norm["bias"]
   expected = dense(params["head_out"], gelu(dense(params["head_in"], y)))[:, 0]
   logits = jax.jit(discriminator.apply)(variables, images)
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

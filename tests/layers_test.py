@@ -167,9 +167,7 @@ def test_norm_matches_numpy(num_images):
   x = 3.0 + 2.0 * normal(6, 8)
   scale, shift = normal(2, num_images, 8, seed=1)
   y = Norm(scale, shift)(x)
-  scale, shift = (
-    np.repeat(a, 6 // num_images, axis=0) for a in (scale, shift)
-  )
+  scale, shift = (np.repeat(a, 6 // num_images, axis=0) for a in (scale, shift))
   assert_allclose(y, standardise(x) * scale + shift, rtol=1e-4, atol=1e-5)
 
 
@@ -190,9 +188,7 @@ def test_layer_norm_is_the_same_for_all_rows():
 
 
 def test_layer_norm_starts_as_the_plain_norm():
-  norm, _ = LayerNorm().init_with_output(
-    jax.random.key(0), 8, method="weights"
-  )
+  norm, _ = LayerNorm().init_with_output(jax.random.key(0), 8, method="weights")
   x = normal(6, 8)
   assert_allclose(norm(x), standardise(x), rtol=1e-4, atol=1e-5)
 

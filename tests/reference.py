@@ -42,7 +42,7 @@ def attention_weights(queries, keys, kind):
 
 
 def assert_close(actual, expected, atol):
-  """Asserts that two pytrees are close, and that no leaf of them is constant."""
+  """Asserts that two pytrees are close, and no leaf of them constant."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
     assert np.std(b) > 0.01

@@ -1,11 +1,11 @@
-"""Functions of rows as kernels, interpreted on a CPU, against the plain form."""
+"""Functions of rows as kernels, interpreted, against their plain form."""
 
 import functools
 import re
 
 import jax
-from jax.sharding import PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -136,6 +136,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
     (2048, 2048, 1, 4),  # of 512 rows
     (2048, 4, 1, 4),
     (2080, 2080, 1, 5),  # of 416 rows
+    (1040, 1040, 1, 5),  # of 208 rows: 260 would fill no registers
     (2048, 2048, 8000, 16),  # more weights: fewer rows
   ],
 )
