@@ -39,7 +39,7 @@ setuptools.setup(
     "pillow>=11.0",
     "rich>=13.9",  # the table of launch.local
     "scikit-learn>=1.5",  # carries the digits of the demo
-    "tensorboard>=2.19",  # clu does not declare it
+    "tensorboard>=2.19",
     "tensorflow-cpu>=2.19; sys_platform == 'linux' "
     "and platform_machine == 'x86_64'",
     "tensorflow>=2.19; sys_platform != 'linux' or platform_machine != 'x86_64'",

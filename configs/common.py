@@ -6,6 +6,8 @@ what is its own. `--config=configs/NAME.py:smoke` shrinks it to seconds.
 
 import ml_collections
 
+from vitgan_jax.models import networks
+
 
 def get_config():
   """Returns the hyper-parameters of ViTGAN at 32 x 32 pixels."""
@@ -19,6 +21,8 @@ def get_config():
   config.accumulation = 1
   config.remat = False  # compute the blocks anew going backward: less memory
   config.fsdp = 1  # devices that share one copy of the state; divides theirs
+  # "xla"; "pallas", kernels for TPUs; or "auto", kernels where they can be had
+  config.implementation = "auto"
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"
 
   config.data = ml_collections.ConfigDict()
@@ -30,46 +34,29 @@ def get_config():
   config.data.image_size = 32
   # left, top, right, bottom; () is the largest centred square
   config.data.crop = ()
+  config.data.num_classes = 0  # of the labels that the networks get; 0 is none
   config.data.flip = True  # mirror real images at random
   config.data.data_dir = ""  # where datasets live; "" is TFDS's own folder
 
-  config.generator = ml_collections.ConfigDict()
-  config.generator.patch_size = 4
-  config.generator.width = 384
-  config.generator.depth = 4
-  config.generator.num_heads = 6
-  config.generator.mlp_dim = 1536
-  config.generator.latent_dim = 384
-  config.generator.mapping_depth = 8
-  config.generator.mapping_lr_multiplier = 0.01
-  config.generator.latent_injection = "sln"  # "sln", "add" or "token"
-  config.generator.attention = "dot"  # "dot" or "l2"
-  config.generator.conv_qkv = False  # 3x3 convolutions for query, key, value
-  # "implicit" (modulated), "implicit_concat", "linear" or "conv"
-  config.generator.patch_decoder = "implicit"
-  config.generator.decoder_dim = 384
-  config.generator.position_scale = 3.0
-  config.generator.fourier_scale = 3.0
+  config.generator = ml_collections.ConfigDict(
+    networks.fields_of("generator", "vitgan")
+  )
+  config.discriminator = ml_collections.ConfigDict(
+    networks.fields_of("discriminator", "vitgan")
+  )
 
-  config.discriminator = ml_collections.ConfigDict()
-  config.discriminator.patch_size = 4
-  config.discriminator.overlap = 2  # pixels on every side; half a patch
-  config.discriminator.width = 384
-  config.discriminator.depth = 4
-  config.discriminator.num_heads = 6
-  config.discriminator.mlp_dim = 1536
-  config.discriminator.attention = "l2"  # "l2" or "dot"
-  config.discriminator.qk_gain = 0.4
-  config.discriminator.conv_qkv = False
-  config.discriminator.spectral_norm = "isn"  # "isn", "sn" or "none"
-  config.discriminator.position_scale = 3.0
-
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.g_learning_rate = 2e-3
-  config.optimizer.d_learning_rate = 2e-3
-  config.optimizer.b1 = 0.0
-  config.optimizer.b2 = 0.99
-  config.optimizer.eps = 1e-8
+  config.g_optimizer = ml_collections.ConfigDict()
+  config.g_optimizer.name = "adam"  # "adam" or "adamw"
+  config.g_optimizer.learning_rate = 2e-3
+  config.g_optimizer.b1 = 0.0
+  config.g_optimizer.b2 = 0.99
+  config.g_optimizer.eps = 1e-8
+  config.g_optimizer.weight_decay = 0.0  # of "adamw"
+  config.g_optimizer.warmup_kimg = 0.0  # the rate grows linearly from 0
+  config.g_optimizer.decay = "constant"  # or "cosine", to 0 at total_kimg
+  config.g_optimizer.clip_norm = 0.0  # of all gradients together; 0 is off
+  config.d_optimizer = config.g_optimizer.copy_and_resolve_references()
+  config.d_steps = 1  # discriminator updates, of a batch each, a training step
 
   config.loss = ml_collections.ConfigDict()
   # "non_saturating", "hinge", "wasserstein" or "rpgan"
@@ -116,29 +103,38 @@ def apply_argument(config, arg):
 
   Args:
     config: of an experiment.
-    arg: "" for the experiment itself, or "smoke": the same model and data in a
-      size that trains, samples and saves within seconds.
+    arg: words with commas between: "g=KIND" and "d=KIND" for another generator
+      or discriminator of `networks`, with its defaults; "smoke" for the same
+      networks and data in a size that trains, samples and saves within seconds.
+      "" is the experiment itself.
 
   Raises:
-    ValueError: for any other argument.
+    ValueError: for any other word.
   """
-  if arg == "":
-    return config
-  if arg != "smoke":
-    raise ValueError(f"config argument {arg!r}: only 'smoke' is known")
+  kinds = {"g": "generator", "d": "discriminator"}
+  words = [word for word in arg.split(",") if word]
+  for word in words:
+    key, _, kind = word.partition("=")
+    if word != "smoke" and (key not in kinds or not kind):
+      raise ValueError(
+        f"config argument {word!r} must be one of smoke, g=KIND, d=KIND"
+      )
+    if kind and kind != config[kinds[key]].kind:
+      with config.unlocked():
+        config[kinds[key]] = networks.fields_of(kinds[key], kind)
+  if "smoke" in words:
+    _shrink(config)
+  return config
+
+
+def _shrink(config):
+  for network in networks.TABLES:
+    kind = networks.kind_of(network, config[network].kind)
+    config[network].update(kind.smoke)
   config.batch_size = 8
   config.steps_per_call = 2
   config.total_kimg = 0.064
-  for network in (config.generator, config.discriminator):
-    network.width = 32
-    network.depth = 1
-    network.num_heads = 2
-    network.mlp_dim = 64
-  config.generator.latent_dim = 32
-  config.generator.mapping_depth = 2
-  config.generator.decoder_dim = 32
   config.log_every_kimg = 0.016
   config.sample_every_kimg = 0.032
   config.num_sample_images = 16
   config.checkpoint_every_kimg = 0.032
-  return config

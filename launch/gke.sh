@@ -10,7 +10,8 @@
 # builds an image of this folder, pushes it and creates the JobSets that are not
 # there; with --sweep=configs/sweeps/seeds.py one for each work unit. Kueue lets
 # them wait for slices. What is preempted or dies is restarted by the cluster
-# and goes on from its last checkpoint.
+# and goes on from its last checkpoint; what ends with an error that it would
+# meet again fails.
 #
 # Also, with the same flags, or with --name=RESOURCE for a single one:
 #   launch/gke.sh watch ...   states, and what the first hosts print
@@ -73,6 +74,7 @@ build_once() {
 }
 
 create() {
+  # A crash, beside what xpk restarts upon: 42, and 127 on. 78 ends the JobSet.
   local words=(--workload="$1" --tpu-type="$type" --docker-image="$image"
     --max-restarts="$max_restarts" --restart-on-exit-codes=1
     --termination-grace-period-seconds=300)

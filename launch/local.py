@@ -6,7 +6,8 @@ r"""Runs one config, or a sweep, on the machine at hand.
 
 Each work unit is a process with a folder of its own; what it prints is in
 log.txt there. One that dies is started again and goes on from its last
-checkpoint. GPUs are shared out among the jobs.
+checkpoint, unless its exit code says that it would end so again. GPUs are
+shared out among the jobs.
 
 Watch: the table, or `tail -f runs/digits-seeds/*/log.txt`, or
 `tensorboard --logdir=runs/digits-seeds`. Stop: Ctrl-C, upon which each unit
@@ -32,14 +33,8 @@ from launch import units
 from vitgan_jax import cli
 from vitgan_jax.config import ConfigError
 
-_JOBS = flags.DEFINE_integer(
-  "jobs", 1, "Work units at the same time.", lower_bound=1
-)
-_RESTARTS = flags.DEFINE_integer(
-  "restarts", 2, "How often a unit that dies is started again.", lower_bound=0
-)
-_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only print the commands.")
-
+# Of Linux's C library, read when a process starts: a gain on CPUs.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _POLL_SECONDS = 0.5
 _STYLES = {"running": "cyan", "done": "green", "failed": "red"}
 
@@ -65,7 +60,7 @@ class _Job:
     with self.log.open("ab") as log:
       self._process = subprocess.Popen(
         [sys.executable, "-m", "vitgan_jax.main", *self.unit.arguments],
-        env={**os.environ, **variables},
+        env={**_HUGE_PAGES, **os.environ, **variables},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -86,9 +81,9 @@ class _Job:
       self.state = "stopped"
     elif self._process.returncode == 0:
       self.state = "done"
-    elif self.starts <= restarts and not self.last_line.startswith("error: "):
+    elif self.starts <= restarts and self._process.returncode != cli.EXIT_FINAL:
       self.state = "waiting"
-    else:  # an error that a run tells of in one line would come again
+    else:
       self.state = "failed"
 
   def signal(self, signum):
@@ -213,6 +208,7 @@ class _Stop:
     self._before = {
       signum: signal.signal(signum, self._request)
       for signum in (signal.SIGINT, signal.SIGTERM)
+      if signal.getsignal(signum) != signal.SIG_IGN  # as nohup wants it
     }
     return self
 
@@ -246,7 +242,7 @@ def main(arguments):
   """Runs what the flags ask for; exits with 1 if a unit failed."""
   cli.no_arguments(arguments)
   work = units.from_flags()
-  if _DRY_RUN.value:
+  if flags.FLAGS["dry-run"].value:
     print("\n".join(unit.command for unit in work))
     return
   if "://" in work[0].workdir:
@@ -256,19 +252,26 @@ def main(arguments):
   jobs = [_Job(unit) for unit in work]
   folder = os.path.commonpath([os.path.abspath(u.workdir) for u in work])
   with _alone(pathlib.Path(folder)):
-    run(jobs, min(_JOBS.value, len(jobs)), _RESTARTS.value, Console())
+    num_slots = min(flags.FLAGS.jobs, len(jobs))
+    run(jobs, num_slots, flags.FLAGS.restarts, Console())
   failed = [job for job in jobs if job.state == "failed"]
   if any(job.state in ("stopped", "waiting") for job in jobs):
     print("Stopped. The same command goes on from here.")
   elif not failed:
     print(f"Done. The runs are in {folder}")
   if failed:
-    raise ConfigError(
+    cli.fail(
       f"{len(failed)} of {len(jobs)} work units failed; see "
-      + ", ".join(str(job.log) for job in failed)
+      + ", ".join(str(job.log) for job in failed),
+      cli.EXIT_FAILED,
     )
 
 
 if __name__ == "__main__":
   units.define_flags()
+  flags.DEFINE_integer("jobs", 1, "Work units at the same time.", lower_bound=1)
+  flags.DEFINE_integer(
+    "restarts", 2, "How often a unit that dies is started again.", lower_bound=0
+  )
+  flags.DEFINE_bool("dry-run", False, "Only print the commands.")
   cli.run(main)

@@ -9,7 +9,8 @@
 # asks for the slices, waits for them, copies this folder to all hosts, installs
 # it there and trains. A slice that is preempted is deleted and asked for again,
 # and the same command goes on from its last checkpoint. A slice whose run is
-# done is deleted; one whose run fails three times is kept to look at.
+# done is deleted; one whose run fails three times, or ends with an error that
+# another start would meet again, is kept to look at.
 # `launch` stays until the end. If it is interrupted, the slices go on; the same
 # command finds them again.
 #
@@ -158,6 +159,10 @@ keep_running() {
           say "$node: stopped; the same command goes on from there"
           return
         else
+          # As vitgan_jax/cli.py has it: bad input, or a run that diverged.
+          ! grep -q "^vitgan: exit 78\$" <<<"$report" ||
+            fail "$node: the run cannot go on so; see watch --name=$node," \
+              "then delete --name=$node"
           if grep -q "^vitgan: exit [^0]" <<<"$report"; then
             failures=$((failures + 1))
             ((failures < 3)) || fail "$node: the run failed three times; see" \

@@ -60,6 +60,12 @@ _PYTHON = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only print the commands.")
 
 
+def _refuse(message):
+  """Ends the process as `cli.fail`, which is in the other environment."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(os.EX_CONFIG)
+
+
 def _list_units():
   """Returns (name, arguments of `python`) of each work unit.
 
@@ -89,16 +95,12 @@ def _executor_and_package():
       executor_spec=xm_local.Local.Spec(), path=_PYTHON.value
     )
   if _ACCELERATOR.value is None:
-    sys.exit(
-      f"error: --executor={_EXECUTOR.value} needs --accelerator, as a100=8"
-    )
+    _refuse(f"--executor={_EXECUTOR.value} needs --accelerator, as a100=8")
   kind, _, count = _ACCELERATOR.value.partition("=")
   try:
     requirements = xm.JobRequirements(**{kind: int(count)})
   except (KeyError, ValueError) as error:
-    sys.exit(
-      f"error: --accelerator={_ACCELERATOR.value} must be as a100=8: {error}"
-    )
+    _refuse(f"--accelerator={_ACCELERATOR.value} must be as a100=8: {error}")
   executor_class = {
     "vertex": xm_local.Vertex,
     "kubernetes": xm_local.Kubernetes,
@@ -140,7 +142,7 @@ async def _run(work):
 def main(arguments):
   """Runs what the flags ask for; exits with 1 if a unit failed."""
   if arguments[1:]:
-    sys.exit(f"error: not a flag: {' '.join(arguments[1:])}; see --help")
+    _refuse(f"not a flag: {' '.join(arguments[1:])}; see --help")
   work = _list_units()
   if _DRY_RUN.value:
     for _, command in work:

@@ -1,19 +1,16 @@
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as command
+from benchmarks import data, metrics, peer, sample, train, turns
 from tests import runs
 from tests.tiny import tiny_config
-from vitgan_jax import benchmark
 from vitgan_jax import config as config_lib
 from vitgan_jax import sample as sample_lib
-from vitgan_jax.benchmarks import data, metrics, peer, sample, train, turns
 from vitgan_jax.metrics import features
 
 CONTESTANTS = ("torch", "torch_compile")
@@ -211,36 +208,34 @@ def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
 
 
 def test_lists_of_figures_are_printed_as_tables():
-  assert benchmark._lines([]) == ["none"]
-  assert benchmark._lines(["while.1", "while.2"]) == ["while.1", "while.2"]
+  assert command._lines([]) == ["none"]
+  assert command._lines(["while.1", "while.2"]) == ["while.1", "while.2"]
   rows = [{"kind": "all-reduce", "count": 2}, {"kind": "copy", "count": 1234}]
-  assert benchmark._lines(rows) == [
+  assert command._lines(rows) == [
     "kind        count",
     "all-reduce  2",
     "copy        1234",
   ]
 
 
-def test_command_prints_one_line_of_json_or_says_how_to_call_it(tmp_path):
-  def run(*arguments):
-    return subprocess.run(
-      [sys.executable, "-m", "vitgan_jax.benchmark", *arguments],
-      cwd=runs.ROOT,
-      capture_output=True,
-      text=True,
-      timeout=300,
-      # Without torch.compile, and without threads that wait in busy loops.
-      env=os.environ
-      | {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "passive"},
-    )
+def test_command_prints_one_line_of_json(monkeypatch):
+  def run(config, seconds):
+    yield {"image_size": config.data.image_size, "seconds": seconds}
 
-  result = run(
-    "train", "--config=configs/digits.py:smoke", "--seconds=0", "--json"
+  monkeypatch.setattr(train, "run", run)
+  code, output, errors = runs.call(
+    "benchmarks",
+    "train",
+    "--config=configs/digits.py:smoke",
+    "--seconds=3",
+    "--json",
+    cwd=runs.ROOT,
   )
-  assert result.returncode == 0, result.stderr
-  (figures,) = json.loads(result.stdout)
-  assert figures["image_size"] == 16
-  for arguments in (["train"], ["speed"]):
-    result = run(*arguments)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: usage: ")
+  assert (code, errors) == (0, "")
+  assert json.loads(output) == [{"image_size": 16, "seconds": 3.0}]
+
+
+@pytest.mark.parametrize("name", ["train", "speed"])
+def test_command_says_how_to_call_it(name, tmp_path):
+  code, _, errors = runs.call("benchmarks", name, cwd=tmp_path)
+  assert code == 78 and errors.startswith("error: usage: ")

@@ -5,9 +5,8 @@ import jax
 import pytest
 
 from tests import monitor_test, runs, tiny
-from vitgan_jax import compilation, sample, train
+from vitgan_jax import compilation, evaluate, sample, train
 from vitgan_jax import config as config_lib
-from vitgan_jax.metrics import evaluate
 
 
 def start_twice(programs, *arguments, cwd):

@@ -223,12 +223,12 @@ def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
   assert (tmp_path / "file").read_text() == ""
 
 
-def test_places_of_another_config_change_nothing_else():
+def test_machine_fields_of_another_config_change_nothing_else():
   config = tiny.tiny_config()
   other = tiny.tiny_config(
     {"data.data_dir": "elsewhere", "evaluation.num_samples": 7, "seed": 5}
   )
-  changed = config_lib.with_places(config, other)
+  changed = config_lib.with_machine_fields(config, other)
   assert changed.data.data_dir == "elsewhere"
   assert changed.evaluation.num_samples == config.evaluation.num_samples != 7
   assert changed.seed == config.seed

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 import tempfile
 
@@ -11,6 +12,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
+# A background job of a script has it ignored, and so would all that tests start
+# and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 # What tests download, prepare and compile, away from the user's own.
 _FOLDER = tempfile.TemporaryDirectory(prefix="vitgan_jax_tests_")
 atexit.register(_FOLDER.cleanup)

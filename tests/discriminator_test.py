@@ -7,8 +7,8 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 
-from configs import common
 from tests.reference import gelu, leaves, normal, standardise
+from vitgan_jax.models import networks
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
 from vitgan_jax.models.transformer import TransformerBlock
@@ -26,7 +26,8 @@ SMALL = dict(
 
 def make_discriminator(**overrides):
   """Returns the default discriminator with other fields."""
-  return Discriminator(**{**common.get_config().discriminator, **overrides})
+  fields = networks.DISCRIMINATORS["vitgan"].fields
+  return Discriminator(**{**fields, "num_classes": 0, **overrides})
 
 
 def init(module, *args):
@@ -178,9 +179,9 @@ def test_bfloat16_logits_are_close_to_float32_ones(small):
 def test_attention_entropy_at_init(qk_gain, lowest, highest):
   # At gain 1 and 64 dimensions a head, L2 attention is the identity, and
   # spectral normalisation freezes the scale that makes it so.
-  config = common.get_config().discriminator
+  fields = networks.DISCRIMINATORS["vitgan"].fields
   if qk_gain is None:
-    qk_gain = config.qk_gain
+    qk_gain = fields["qk_gain"]
   discriminator = make_discriminator(
     image_size=32,
     depth=2,
@@ -188,7 +189,7 @@ def test_attention_entropy_at_init(qk_gain, lowest, highest):
     qk_gain=qk_gain,
     spectral_norm="none",  # at init "isn" is this, but for seconds of SVD
   )
-  assert config.width // config.num_heads == 64
+  assert fields["width"] // fields["num_heads"] == 64
   images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3))
 
   @jax.jit

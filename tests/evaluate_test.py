@@ -11,10 +11,10 @@ import scipy.linalg
 
 from configs import digits
 from tests import monitor_test, networks, runs, tiny
-from vitgan_jax import checkpoint, partitioning, sample
+from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
-from vitgan_jax.metrics import evaluate, features, score
+from vitgan_jax.metrics import features, score
 
 NUM_SAMPLES = 1000
 
@@ -143,7 +143,7 @@ def record_of(step, value, seed=0):
 def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
   def keep(record):
     state = digits_run.state.replace(step=np.int32(record["step"]))
-    is_best = evaluate.keep(
+    is_best = evaluate.save_if_best(
       tmp_path, record, digits_run.config, state, {"next_image": 0}
     )
     with checkpoint.open_manager(tmp_path / "best") as manager:
@@ -253,7 +253,7 @@ def test_data_may_have_moved(workdir, tmp_path):
   old = prepare.prepare(config.data)
   config.data.data_dir = str(tmp_path / "data")
   shutil.copytree(old, prepare.prepared_path(config.data))
-  evaluate_quietly(workdir, places=config)
+  evaluate_quietly(workdir, machine=config)
   assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from vitgan_jax.benchmarks import fidelity
+from benchmarks import fidelity
 
 torch = pytest.importorskip("torch")
 try:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 
-from configs import common
 from tests.reference import apply, init_params, leaves, normal, standardise
+from vitgan_jax.models import networks
 from vitgan_jax.models.generator import Generator, MappingNetwork
 
 SMALL = dict(
@@ -27,7 +27,8 @@ SMALL = dict(
 
 def make_generator(**overrides):
   """Returns the default generator with other fields."""
-  return Generator(**{**common.get_config().generator, **overrides})
+  fields = networks.GENERATORS["vitgan"].fields
+  return Generator(**{**fields, "num_classes": 0, **overrides})
 
 
 def dense(params, x, lr_multiplier=1.0):

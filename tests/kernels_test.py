@@ -11,39 +11,25 @@ import pytest
 from tests.reference import leaves, normal
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.kernels.attention import GROUP_SIZE
+from vitgan_jax.models import networks
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.generator import Generator
 
 BATCH = 2 * GROUP_SIZE
 NETWORK = dict(
-  image_size=16,
-  patch_size=4,
-  width=32,
-  depth=1,
-  num_heads=2,
-  mlp_dim=32,
-  conv_qkv=False,
-  position_scale=2.0,
+  image_size=16, num_classes=0, width=32, depth=1, num_heads=2, mlp_dim=32
 )
 
 
 def make_discriminator(**overrides):
-  fields = dict(overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn")
-  return Discriminator(**{**NETWORK, **fields, **overrides})
+  fields = networks.DISCRIMINATORS["vitgan"].fields
+  return Discriminator(**{**fields, **NETWORK, **overrides})
 
 
 def make_generator(**overrides):
-  fields = dict(
-    latent_dim=8,
-    mapping_depth=1,
-    mapping_lr_multiplier=1.0,
-    latent_injection="sln",
-    attention="dot",
-    patch_decoder="implicit",
-    decoder_dim=8,
-    fourier_scale=2.0,
-  )
-  return Generator(**{**NETWORK, **fields, **overrides})
+  fields = networks.GENERATORS["vitgan"].fields
+  small = dict(latent_dim=8, mapping_depth=1, decoder_dim=8)
+  return Generator(**{**fields, **NETWORK, **small, **overrides})
 
 
 @functools.cache

@@ -314,13 +314,19 @@ def test_slice_that_somebody_deletes_is_not_asked_for_again(world):
   assert len(world.calls("queued-resources create")) == 1
 
 
-def test_run_that_fails_three_times_is_given_up_and_its_slice_kept(world):
+@pytest.mark.parametrize(
+  "code, tries, message",
+  [(1, 3, "the run failed three times"), (78, 1, "the run cannot go on so")],
+)
+def test_run_that_fails_is_given_up_and_its_slice_kept(
+  code, tries, message, world
+):
   world._write("units", UNITS.replace("0 1", "0"))
-  world.set(started="exit 1")
+  world.set(started=f"exit {code}")
   process = world.run("launch/tpu_vm.sh", "launch", DEFAULT)
   assert process.returncode == 1
-  assert "error: vitgan-seed-0: the run failed three times" in process.stderr
-  assert len(starts(world, "tpu_vm")) == 3
+  assert f"error: vitgan-seed-0: {message}" in process.stderr
+  assert len(starts(world, "tpu_vm")) == tries
   assert not world.calls("delete")
 
 
@@ -336,7 +342,7 @@ def test_failed_jobset_is_started_again(world):
   ]
 
 
-@pytest.mark.parametrize("code, calls", [(143, 1), (0, 0), (1, 0)])
+@pytest.mark.parametrize("code, calls", [(143, 1), (0, 0), (1, 0), (78, 0)])
 def test_stopped_slurm_job_is_queued_again(code, calls, world):
   world.set(srun=code)
   process = world.run("bash", "launch/slurm_job.sbatch", "python", "a b")
@@ -394,7 +400,7 @@ def test_error_of_the_units_is_passed_on(world):
   process = world.run(
     "launch/sky.sh", "launch", DEFAULT, "--config.sede=1", units=False
   )
-  assert process.returncode == 1
+  assert process.returncode == 78
   (line,) = process.stderr.splitlines()
   assert line.startswith("error: ") and "sede" in line
   assert not world.calls()
@@ -492,7 +498,7 @@ def test_command_runs_on_a_host_once_until_it_is_stopped(tmp_path):
 @pytest.mark.parametrize("action", ["run", "forward"])
 def test_stopped_run_is_told_from_a_finished_one(action, tmp_path):
   host = Host(tmp_path)
-  for code in (0, 3):
+  for code in (0, 1, 78):
     with host.start(action, "bash", "-c", f"exit {code}") as process:
       assert process.wait(timeout=30) == code
   with host.start(action, "bash", "-c", f"echo $$; {_RUN}") as process:
@@ -619,7 +625,8 @@ def test_xpk_takes_the_commands(action, world):
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 50
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     rule = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert rule["operator"] == "NotIn" and {1, 143} <= set(rule["values"])
+    assert rule["operator"] == "NotIn"
+    assert {1, 143} <= set(rule["values"]) and 78 not in rule["values"]
     pod = job["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 300
     # What a container of it would run, with a host.sh that tells what it got.

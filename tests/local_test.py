@@ -66,18 +66,33 @@ def test_no_more_run_at_the_same_time_than_were_asked_for(fake):
   assert max(together) == 2
 
 
-def test_one_that_dies_is_started_again_and_one_with_an_error_is_not(fake):
+def test_one_that_dies_is_started_again_and_one_that_would_again_is_not(fake):
   dies_once = (
     "import os, signal; print('try', flush=True);"
     "os.path.exists('died') or (open('died', 'w'), os.kill(os.getpid(), 9))"
   )
   jobs = fake.jobs(
-    dies_once, "raise SystemExit(3)", "raise SystemExit('error: seed is bad')"
+    dies_once,
+    "raise SystemExit('error: no answer')",
+    "print('error: seed is bad'); raise SystemExit(78)",
   )
   assert run(jobs, num_slots=1) == ["done", "failed", "failed"]
   assert [job.starts for job in jobs] == [2, 3, 1]
   assert jobs[0].log.read_text() == "try\n" * 2
   assert jobs[2].last_line == "error: seed is bad"
+
+
+@pytest.mark.parametrize("given", [None, "", "glibc.malloc.check=0"])
+def test_units_have_huge_pages_unless_the_user_says_otherwise(
+  given, fake, monkeypatch
+):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  if given is not None:
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+  (job,) = jobs = fake.jobs("import os; print(os.environ['GLIBC_TUNABLES'])")
+  run(jobs)
+  expected = "glibc.malloc.hugetlb=1" if given is None else given
+  assert job.last_line == expected
 
 
 def test_gpus_are_shared_out_among_the_jobs(fake):
@@ -166,7 +181,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   wait_until(lambda: all(p.exists() and "ETA" in p.read_text() for p in logs))
   second = start(*arguments, cwd=tmp_path)
   _, errors = second.communicate(timeout=60)
-  assert second.returncode == 1 and "another launch.local is at work" in errors
+  assert second.returncode == 78 and "another launch.local is at work" in errors
   process.send_signal(signal.SIGINT)
   output, errors = process.communicate(timeout=120)
   assert (process.returncode, errors) == (0, "")
@@ -183,16 +198,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_dry_run_only_prints_what_the_units_are(tmp_path):
-  process = start(*ARGUMENTS, "--dry-run", cwd=tmp_path)
-  output, errors = process.communicate(timeout=60)
-  assert (process.returncode, errors) == (0, "")
-  listed = subprocess.run(
-    [sys.executable, "-m", "launch.units", *ARGUMENTS],
-    cwd=runs.ROOT,
-    capture_output=True,
-    text=True,
-  ).stdout.splitlines()
-  assert output.splitlines() == [line.split("\t")[2] for line in listed]
+  code, output, errors = runs.call(
+    "launch.local", *ARGUMENTS, "--dry-run", cwd=tmp_path
+  )
+  assert (code, errors) == (0, "")
+  _, listed, _ = runs.call("launch.units", *ARGUMENTS, cwd=tmp_path)
+  assert output.splitlines() == [
+    line.split("\t")[2] for line in listed.splitlines()
+  ]
   assert not list(tmp_path.iterdir())
 
 
@@ -205,9 +218,19 @@ def test_a_dry_run_only_prints_what_the_units_are(tmp_path):
   ],
 )
 def test_bad_input_is_answered_in_one_line(arguments, words, tmp_path):
-  process = start(*ARGUMENTS, *arguments, cwd=tmp_path)
-  _, errors = process.communicate(timeout=60)
-  (line,) = errors.strip().splitlines()
-  assert process.returncode == 1
-  assert line.startswith("error: ") and words in line
+  code, _, errors = runs.call(
+    "launch.local", *ARGUMENTS, *arguments, cwd=tmp_path
+  )
+  (line,) = errors.splitlines()
+  assert code == 78 and line.startswith("error: ") and words in line
   assert not list(tmp_path.iterdir())
+
+
+def test_failed_units_are_named_and_may_be_started_again(fake, monkeypatch):
+  monkeypatch.setattr(
+    units, "from_flags", lambda: [job.unit for job in fake.jobs("1 / 0", "")]
+  )
+  code, _, errors = runs.call("launch.local", "--restarts=0", cwd=".")
+  assert code == 1
+  assert errors.startswith("error: 1 of 2 work units failed; see ")
+  assert errors.endswith("/0/log.txt\n")

@@ -1,8 +1,10 @@
+import io
 import json
 import re
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import (
   EventAccumulator,
@@ -72,20 +74,19 @@ def read_lines(workdir):
 
 def read_events(workdir):
   """Returns ({tag: {step: scalar}}, {tag: {step: pixels}}) of TensorBoard."""
-  import tensorflow as tf
-
-  accumulator = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+  accumulator = EventAccumulator(str(workdir), size_guidance={"images": 0})
   accumulator.Reload()
-  scalars, images = {}, {}
-  for tag in accumulator.Tags()["tensors"]:
-    metadata = accumulator.SummaryMetadata(tag)
-    for event in accumulator.Tensors(tag):
-      value = tf.make_ndarray(event.tensor_proto)
-      if metadata.plugin_data.plugin_name == "images":
-        pixels = tf.io.decode_png(value[2]).numpy()  # after width and height
-        images.setdefault(tag, {})[event.step] = pixels
-      else:
-        scalars.setdefault(tag, {})[event.step] = float(value)
+  scalars = {
+    tag: {event.step: event.value for event in accumulator.Scalars(tag)}
+    for tag in accumulator.Tags()["scalars"]
+  }
+  images = {
+    tag: {
+      event.step: np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+      for event in accumulator.Images(tag)
+    }
+    for tag in accumulator.Tags()["images"]
+  }
   return scalars, images
 
 

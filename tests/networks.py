@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.metrics.weights import FeatureNetwork, Features
+from vitgan_jax.metrics.feature_network import FeatureNetwork, Features
 
 NUM_FEATURES = 6
 _RNG = np.random.default_rng(0)

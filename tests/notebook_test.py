@@ -42,8 +42,6 @@ def test_what_the_command_refuses_is_raised(tmp_path, monkeypatch):
 def test_interruption_saves_and_ends_the_run(tmp_path):
   workdir = tmp_path / "run"
   code = (
-    # A background job of a script has it ignored, and all that it starts.
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from vitgan_jax import notebook; "
     f"notebook.train('configs/digits.py:smoke', {str(workdir)!r}, "
     "'--config.total_kimg=100'); print('went on')"

@@ -235,7 +235,7 @@ def test_stream_that_goes_on_elsewhere_equals_one_that_did_not_stop(
     pipeline.ShuffledBatches(images, batch_size, 5)[step] for step in range(12)
   ]
   stop = batch_size % 11
-  state = pipeline.ShuffledBatches(images, batch_size, 5, 0, 2).state(stop)
+  state = pipeline.ShuffledBatches(images, batch_size, 5, 0, 2).state_at(stop)
   # Saved by one of two processes, and read by any number of new ones.
   parts = [
     pipeline.ShuffledBatches(
@@ -243,16 +243,16 @@ def test_stream_that_goes_on_elsewhere_equals_one_that_did_not_stop(
     )
     for i in range(processes)
   ]
-  for step in range(parts[0].step(state), 12):
+  for step in range(parts[0].step_of(state), 12):
     np.testing.assert_array_equal(
       np.concatenate([part[step] for part in parts]), whole[step]
     )
-  assert parts[0].step(state) == stop
+  assert parts[0].step_of(state) == stop
 
 
 def test_state_is_a_few_numbers(prepared_folder):
   images = pipeline.PreparedImages(prepared_folder)
-  state = pipeline.ShuffledBatches(images, 4, 5).state(10**6)
+  state = pipeline.ShuffledBatches(images, 4, 5).state_at(10**6)
   assert state == {
     "next_image": 4_000_000,
     "seed": 5,
@@ -269,7 +269,7 @@ def test_state_of_other_images_is_refused(prepared_folder, change):
   images = pipeline.PreparedImages(prepared_folder)
   stream = pipeline.ShuffledBatches(images, 4, 5)
   with pytest.raises(config_lib.ConfigError, match="not the same"):
-    stream.step(stream.state(3) | change)
+    stream.step_of(stream.state_at(3) | change)
 
 
 def test_fingerprint_tells_images_apart(prepared_folder, tmp_path):

@@ -371,17 +371,6 @@ def test_folder_that_cannot_be_written_is_an_error(data, tmp_path):
     pipeline.load_images(data)
 
 
-def run_command(*arguments, cwd):
-  return subprocess.run(
-    [sys.executable, "-m", "vitgan_jax.data.prepare", *arguments],
-    cwd=cwd,
-    env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-
-
 def test_command_prepares_then_verifies(tmp_path):
   write_images(tmp_path / "images", 18)
   arguments = [
@@ -390,28 +379,29 @@ def test_command_prepares_then_verifies(tmp_path):
     "--config.data.image_size=32",
     "--data_dir=data",
   ]
-  first = run_command(*arguments, cwd=tmp_path)
-  assert first.returncode == 0, first.stderr
-  assert "18/18" in first.stderr  # the progress bar
+  command = ("vitgan_jax.data.prepare", *arguments)
+  code, output, errors = runs.call(*command, cwd=tmp_path)
+  assert code == 0, errors
+  assert "18/18" in errors  # the progress bar
   (path,) = (tmp_path / "data" / "vitgan_jax").glob("folder-*")
   for words in ("lanczos", "largest centred square", "that of your images"):
-    assert words in first.stdout
+    assert words in output
   sheet = f"data/vitgan_jax/{path.name}/contact_sheet.png"
-  assert sheet in first.stdout and (tmp_path / sheet).exists()
+  assert sheet in output and (tmp_path / sheet).exists()
   before = runs.snapshot(path)
 
-  second = run_command(*arguments, cwd=tmp_path)
-  assert second.returncode == 0, second.stderr
-  assert "Verifying" in second.stderr
+  code, _, errors = runs.call(*command, cwd=tmp_path)
+  assert code == 0, errors
+  assert "Verifying" in errors
   assert runs.snapshot(path) == before
 
   with open(path / "images-00000.npy", "r+b") as file:
     file.seek(5000)
     file.write(b"\0\1\2\3")
-  third = run_command(*arguments, cwd=tmp_path)
-  assert third.returncode == 1
-  assert third.stderr.splitlines()[-1].startswith("error: ")
-  assert "images-00000.npy is damaged" in third.stderr
+  code, _, errors = runs.call(*command, cwd=tmp_path)
+  assert code == 78
+  assert errors.splitlines()[-1].startswith("error: ")
+  assert "images-00000.npy is damaged" in errors
 
 
 @pytest.mark.parametrize(
@@ -425,12 +415,13 @@ def test_command_prepares_then_verifies(tmp_path):
 )
 def test_bad_command_is_one_line(tmp_path, arguments, message):
   configs = str(runs.ROOT / "configs")
-  result = run_command(
+  code, _, errors = runs.call(
+    "vitgan_jax.data.prepare",
     *[argument.replace("CONFIGS", configs) for argument in arguments],
     cwd=tmp_path,
   )
-  assert result.returncode == 1
-  assert message in result.stderr and len(result.stderr.splitlines()) == 1
+  assert code == 78
+  assert message in errors and len(errors.splitlines()) == 1
 
 
 def test_card_is_readable_json_with_an_end_of_line(data):

@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 import signal
 
@@ -6,8 +7,7 @@ import pytest
 from configs import digits
 from tests import monitor_test, runs
 from vitgan_jax import config as config_lib
-from vitgan_jax import processes
-from vitgan_jax.metrics import evaluate
+from vitgan_jax import evaluate, processes
 
 DIGITS = f"--config={runs.ROOT}/configs/digits.py:smoke"
 
@@ -116,7 +116,7 @@ def test_error_of_one_process_ends_all(stopped, tmp_path):
     )
   )
   for code, _, errors in results:
-    assert code == 1 and "Traceback" not in errors
+    assert code == 78 and "Traceback" not in errors
     (line,) = [x for x in errors.splitlines() if x.startswith("error:")]
     assert "was made by another config: seed is 0 there and 3 here" in line
   assert runs.snapshot(stopped[0]) == before
@@ -159,8 +159,47 @@ def test_flags_that_do_not_go_together_are_errors(flags, message):
 def test_single_process_needs_no_flags():
   processes.initialize(False, None, None, None, preemptible=True)
   with pytest.raises(config_lib.ConfigError, match="mine"):
-    with processes.together():
+    with processes.raise_together():
       raise config_lib.ConfigError("mine")
+
+
+@pytest.fixture
+def heard():
+  """Signals that came to the handlers of before, which are not pytest's."""
+  caught = []
+  with contextlib.ExitStack() as stack:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+      before = signal.signal(signum, lambda signum, _: caught.append(signum))
+      stack.callback(signal.signal, signum, before)
+    yield caught
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_is_final(signum, heard):
+  with processes.StopSignal() as stop:
+    assert not stop.requested(2, 2)
+    signal.raise_signal(signum)
+    assert stop.requested(4, 2) and not heard
+    signal.raise_signal(signum)
+    assert heard == [signum]
+
+
+def test_signals_are_caught_during_the_run_only(heard):
+  with processes.StopSignal():
+    pass
+  signal.raise_signal(signal.SIGINT)
+  signal.raise_signal(signal.SIGTERM)
+  assert heard == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_signal_that_is_ignored_stays_so(heard):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with processes.StopSignal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert not stop.requested(2, 2)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested(4, 2)
+  assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.mark.slow

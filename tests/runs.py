@@ -5,12 +5,16 @@ import dataclasses
 import io
 import os
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
 from typing import Any
 from unittest import mock
+import warnings
 
+from absl import app
+from absl.testing import flagsaver
 import jax
 
 from vitgan_jax import partitioning, sample, train
@@ -39,6 +43,45 @@ def train_quietly(config, workdir, num_devices=8):
   ):
     state = train.train_and_evaluate(config, workdir)
   return Run(pathlib.Path(workdir), config, state, output.getvalue())
+
+
+def call(module, *arguments, cwd):
+  """Runs a command in this process, as `python -m` would in one of its own.
+
+  Args:
+    module: that of the command, as "vitgan_jax.main".
+    *arguments: of the command line.
+    cwd: folder to stand in.
+
+  Returns:
+    (exit code, stdout, stderr). An exception that is no exit is raised.
+  """
+  path = ROOT / module.replace(".", "/")
+  path = str(path / "__main__.py" if path.is_dir() else f"{path}.py")
+  code = None
+  app.define_help_flags()
+  with (
+    contextlib.chdir(cwd),
+    contextlib.redirect_stdout(io.StringIO()) as output,
+    contextlib.redirect_stderr(io.StringIO()) as errors,
+    flagsaver.flagsaver(),  # the command's own flags go again
+    mock.patch.dict(os.environ),
+    warnings.catch_warnings(),
+    mock.patch.object(sys, "argv", [path, *arguments]),
+    # What absl does once in a process has no place in that of the tests.
+    mock.patch.object(
+      app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
+    ),
+  ):
+    # Of ml_collections, which loads a config file so.
+    warnings.filterwarnings(
+      "ignore", r"the load_module\(\) method is deprecated"
+    )
+    try:
+      runpy.run_path(path, run_name="__main__")
+    except SystemExit as error:
+      code = error.code
+  return code or 0, output.getvalue(), errors.getvalue()
 
 
 def start_main(*arguments, cwd, program=("-m", "vitgan_jax.main"), **variables):

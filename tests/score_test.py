@@ -15,8 +15,9 @@ from vitgan_jax.metrics import (
   inception,
   score,
   statistics,
-  weights,
+  torch_files,
 )
+from vitgan_jax.metrics.feature_network import FeatureNetwork
 
 
 def smooth(num_images, seed):
@@ -154,8 +155,8 @@ def test_all_metrics_of_images_agree_with_torch_fidelity(tmp_path):
 
   path = tmp_path / "weights.pth"
   fidelity.write_random_inception(path)
-  state_dict = weights.read_state_dict(path)
-  network = weights.FeatureNetwork(
+  state_dict = torch_files.read_state_dict(path)
+  network = FeatureNetwork(
     "inception",
     "",
     2048,

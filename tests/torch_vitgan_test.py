@@ -9,7 +9,7 @@ from tests import tiny
 from vitgan_jax import diff_augment, gan_step, partitioning, train_state
 
 torch = pytest.importorskip("torch")
-from vitgan_jax.benchmarks import torch_train, torch_vitgan  # noqa: E402
+from benchmarks import torch_train, torch_vitgan  # noqa: E402
 
 KEY = jax.random.key(3)
 STEP = 5  # of the state: enters Adam's bias corrections and the average's decay

@@ -265,30 +265,6 @@ def test_metric_that_is_not_finite_is_named(value):
     train._check_finite(4, {"loss/d": 1.0, "loss/g": np.float32(value)})
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_is_final(signum, capsys):
-  caught = []
-  before = signal.signal(signum, lambda *unused_args: caught.append(signum))
-  try:
-    with train._StopSignal() as stop:
-      assert not stop.requested(2, 2)
-      os.kill(os.getpid(), signum)
-      assert stop.requested(4, 2) and not caught
-      os.kill(os.getpid(), signum)
-      assert caught == [signum]
-  finally:
-    signal.signal(signum, before)
-
-
-def test_signals_are_caught_during_the_run_only():
-  signals = (signal.SIGINT, signal.SIGTERM)
-  before = [signal.getsignal(signum) for signum in signals]
-  with train._StopSignal():
-    during = [signal.getsignal(signum) for signum in signals]
-  assert not set(during) & set(before)
-  assert [signal.getsignal(signum) for signum in signals] == before
-
-
 @pytest.mark.parametrize("every_kimg", [0.016, 0.02, 0.05, 1.0])
 def test_every_multiple_is_passed_once(every_kimg):
   config = tiny.tiny_config(batch_size=8, steps_per_call=2)

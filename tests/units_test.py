@@ -1,6 +1,5 @@
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -110,23 +109,16 @@ def test_a_file_without_a_sweep_is_refused(tmp_path):
     make(str(tmp_path / "missing.py"))
 
 
-def list_units(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.units", *arguments],
-    cwd=runs.ROOT,
-    capture_output=True,
-    text=True,
-  )
-
-
 def test_the_command_line_prints_a_line_for_each_unit():
-  process = list_units(
+  _, output, _ = runs.call(
+    "launch.units",
     "--config=configs/digits.py:smoke",
     "--sweep=configs/sweeps/seeds.py",
     "--config.data.crop=(0, 0, 8, 8)",
     "--workdir=gs://bucket/a b",
+    cwd=runs.ROOT,
   )
-  lines = process.stdout.splitlines()
+  lines = output.splitlines()
   assert len(lines) == 5
   name, workdir, command = lines[3].split("\t")
   assert (name, workdir) == ("seed=3", "gs://bucket/a b/seed=3")
@@ -144,7 +136,7 @@ def test_the_command_line_answers_bad_input_in_one_line():
     (["--config=configs/digits.py", "--config.seed=-1"], "seed"),
     (["--config=configs/digits.py", "--sweep=no.py"], "no.py"),
   ):
-    process = list_units(*arguments)
-    assert process.returncode == 1 and not process.stdout
-    (line,) = process.stderr.strip().splitlines()
+    code, output, errors = runs.call("launch.units", *arguments, cwd=runs.ROOT)
+    assert code == 78 and not output
+    (line,) = errors.splitlines()
     assert line.startswith("error: ") and words in line

@@ -79,7 +79,7 @@ def test_a_dry_run_prints_what_the_units_are(launch, tmp_path):
 )
 def test_bad_input_is_answered(arguments, words, launch):
   process = launch(*arguments)
-  assert process.returncode == 1
+  assert process.returncode == 78
   (line,) = process.stderr.strip().splitlines()
   assert line.startswith("error: ") and words in line
 

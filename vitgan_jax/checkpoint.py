@@ -1,12 +1,31 @@
 """Orbax checkpoints of the whole training state and the place in the data."""
 
+from typing import Any, NamedTuple
+
 from etils import epath
 import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, partitioning, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
+
+
+class Run(NamedTuple):
+  """A run that was opened.
+
+  Attributes:
+    config: that made it.
+    nets: its Networks.
+    mesh: over the devices that the arrays are on.
+    state: GANState of its last checkpoint.
+  """
+
+  config: Any
+  nets: Any
+  mesh: Any
+  state: Any
 
 
 def create_manager(workdir, keep=None):
@@ -57,12 +76,13 @@ def save(manager, state, data_state):
     )
 
 
-def restore(manager, config, mesh, step=None):
+def restore(manager, config, nets, mesh, step=None):
   """Returns the GANState of a checkpoint.
 
   Args:
     manager: of `create_manager`.
     config: the config that made the run.
+    nets: its Networks.
     mesh: of the devices that the arrays go to, not only that of the run.
     step: which checkpoint; None is the latest.
 
@@ -72,7 +92,7 @@ def restore(manager, config, mesh, step=None):
   step = manager.latest_step() if step is None else step
   if step not in manager.all_steps():
     raise ConfigError(_missing(manager.directory, step))
-  abstract_state = state_shapes(config, mesh)
+  abstract_state = state_shapes(config, nets, mesh)
   try:
     return manager.restore(
       step,
@@ -102,17 +122,19 @@ def load_run(workdir, devices=None):
     devices: those that the arrays go to; None is all of them.
 
   Returns:
-    The config that made the run, a mesh over the devices, and the GANState.
+    The Run.
 
   Raises:
     ConfigError: if the folder is no workdir, or has no checkpoint.
   """
-  with processes.together():
+  with processes.raise_together():
     config = config_lib.load(workdir)
   compilation.use_cache(config.compilation_cache)
+  nets = networks.build(config)
   mesh = partitioning.create_mesh(devices)
   with open_manager(workdir) as manager:
-    return config, mesh, restore(manager, config, mesh)
+    state = restore(manager, config, nets, mesh)
+  return Run(config, nets, mesh, state)
 
 
 def _missing(directory, step=None):

@@ -9,14 +9,19 @@ from absl import app, flags, logging
 
 from vitgan_jax.config import ConfigError
 
+# How a command ends, beside 0; what restarts runs goes by these. A failure
+# that another start may not meet, as a crash or a host that does not answer:
+EXIT_FAILED = 1
+# Bad input, or a run that diverged: 78. The same command would end so again.
+EXIT_FINAL = os.EX_CONFIG
+
 
 def run(main):
   """Runs `main(arguments)` of a command with what is left beside its flags.
 
   A wrong flag, a config that does not load, and a ConfigError of `main` end the
-  process with one line on standard error and exit code 1.
+  process with one line on standard error and `EXIT_FINAL`.
   """
-  _use_huge_pages()
   # TensorFlow only reads datasets and writes events here: keep it quiet.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -27,23 +32,17 @@ def run(main):
     try:
       main(argv[1:])
     except ConfigError as error:
-      sys.exit(f"error: {error}")
+      fail(error)
     except KeyboardInterrupt:  # while training, a run saves and ends by itself
-      sys.exit("error: interrupted")
+      fail("interrupted", EXIT_FAILED)
 
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def _use_huge_pages():
-  """Starts the process again with memory in huge pages, where there are some.
-
-  A step of XLA on a CPU takes its memory from the C library and gives it back,
-  which takes longer in pages of 4 kB (README, Speed). The library reads its
-  options when the process starts.
-  """
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
+def fail(message, code=EXIT_FINAL):
+  """Ends the process with one line on standard error."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(code)
 
 
 def no_arguments(arguments):
@@ -65,9 +64,9 @@ def _parse_flags(argv):
       flags.FLAGS.config.keys()  # a file that does not load is reported here
   except (AttributeError, KeyError) as error:  # an override of no field
     field = re.sub(r"[\\'\"]", "", re.sub(r"\\n|\n", ". ", str(error)))
-    sys.exit(f"error: no such field in the config: {field}")
+    fail(f"no such field in the config: {field}")
   except Exception as error:  # whatever else a config file raises
     # A message may end in a whole traceback: the cause is in its last line.
     reason = [line for line in str(error).splitlines() if line.strip()][-1]
-    sys.exit(f"error: {reason.strip()}; see --help")
+    fail(f"{reason.strip()}; see --help")
   return arguments

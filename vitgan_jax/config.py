@@ -5,17 +5,20 @@ import json
 from etils import epath
 import ml_collections
 
+from vitgan_jax.kernels import IMPLEMENTATIONS
+
 # Where a machine keeps things: nothing of the run itself.
-PLACES = ("compilation_cache", "data.data_dir", "data.path")
+MACHINE_FIELDS = ("compilation_cache", "data.data_dir", "data.path")
 
 # What the same run may be given anew when it resumes.
 _MAY_CHANGE = (
-  *PLACES,
+  *MACHINE_FIELDS,
   "total_kimg",
   # These give the same numbers, up to the order of float32 sums.
   "accumulation",
   "remat",
   "fsdp",
+  "implementation",
   "log_every_kimg",
   "sample_every_kimg",
   "num_sample_images",
@@ -29,32 +32,23 @@ _MAY_CHANGE = (
 
 _CHOICES = {
   "dtype": ("float32", "bfloat16"),
-  "generator.latent_injection": ("sln", "add", "token"),
-  "generator.attention": ("dot", "l2"),
-  "generator.patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
-  "discriminator.attention": ("l2", "dot"),
-  "discriminator.spectral_norm": ("isn", "sn", "none"),
+  "implementation": ("auto", *IMPLEMENTATIONS),
+  "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
   "evaluation.features": ("inception", "efficientnet"),
+}
+_OPTIMIZER_CHOICES = {
+  "name": ("adam", "adamw"),
+  "decay": ("constant", "cosine"),
 }
 
 _POSITIVE = (
   "batch_size",
   "total_kimg",
   "steps_per_call",
+  "d_steps",
   "accumulation",
   "fsdp",
   "data.image_size",
-  *(
-    f"{network}.{field}"
-    for network in ("generator", "discriminator")
-    for field in ("patch_size", "width", "depth", "num_heads", "mlp_dim")
-  ),
-  "generator.latent_dim",
-  "generator.mapping_lr_multiplier",
-  "generator.decoder_dim",
-  "discriminator.qk_gain",
-  "optimizer.g_learning_rate",
-  "optimizer.d_learning_rate",
   "loss.gradient_penalty_every",
   "ema.half_life_kimg",
   "evaluation.num_samples",
@@ -67,8 +61,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
   "seed",
-  "generator.mapping_depth",
-  "discriminator.overlap",
+  "data.num_classes",
   "loss.bcr_weight",
   "loss.r1_gamma",
   "loss.r2_gamma",
@@ -85,13 +78,49 @@ _SHARES = (
   "augment.translation",
   "augment.scaling",
   "augment.cutout",
-  "optimizer.b1",
-  "optimizer.b2",
 )
+_OPTIMIZERS = ("g_optimizer", "d_optimizer")
+_OPTIMIZER_NOT_NEGATIVE = ("eps", "weight_decay", "warmup_kimg", "clip_norm")
 
 
 class ConfigError(ValueError):
   """Something that the user can put right; shown as one line."""
+
+
+def check_fields(
+  values, where, *, choices=None, positive=(), not_negative=(), shares=()
+):
+  """Checks some fields of a config, or of a part of it.
+
+  Args:
+    values: {field: value}.
+    where: comes before a field's name in messages, as "config.generator.".
+    choices: {field: its allowed values}.
+    positive: fields that must be positive and finite.
+    not_negative: fields that must be at least 0 and finite.
+    shares: fields that must be in [0, 1].
+
+  Raises:
+    ConfigError: says which field is wrong, and what is allowed.
+  """
+  for field, allowed in (choices or {}).items():
+    if values[field] not in allowed:
+      raise ConfigError(
+        f"{where}{field}={values[field]!r} must be one of {', '.join(allowed)}"
+      )
+  for field in positive:
+    if not 0 < values[field] < float("inf"):
+      raise ConfigError(
+        f"{where}{field}={values[field]} must be positive and finite"
+      )
+  for field in not_negative:
+    if not 0 <= values[field] < float("inf"):
+      raise ConfigError(
+        f"{where}{field}={values[field]} must not be negative or infinite"
+      )
+  for field in shares:
+    if not 0 <= values[field] <= 1:
+      raise ConfigError(f"{where}{field}={values[field]} must be in [0, 1]")
 
 
 def validate(config):
@@ -100,26 +129,25 @@ def validate(config):
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
-  from vitgan_jax.losses import ADVERSARIAL_LOSSES  # late: it imports JAX
+  from vitgan_jax.models import networks  # it imports this module
 
-  values = flatten(config)
-  choices_of = {**_CHOICES, "loss.adversarial": tuple(ADVERSARIAL_LOSSES)}
-  for field, choices in choices_of.items():
-    if values[field] not in choices:
-      raise ConfigError(
-        f"config.{field}={values[field]!r} must be one of {', '.join(choices)}"
-      )
-  for field in _POSITIVE:
-    if not 0 < values[field] < float("inf"):
-      raise ConfigError(
-        f"config.{field}={values[field]} must be positive and finite"
-      )
-  for field in _SHARES:
-    if not 0 <= values[field] <= 1:
-      raise ConfigError(f"config.{field}={values[field]} must be in [0, 1]")
-  for field in _NOT_NEGATIVE:
-    if values[field] < 0:
-      raise ConfigError(f"config.{field}={values[field]} must not be negative")
+  check_fields(
+    flatten(config),
+    "config.",
+    choices=_CHOICES,
+    positive=_POSITIVE,
+    not_negative=_NOT_NEGATIVE,
+    shares=_SHARES,
+  )
+  for name in _OPTIMIZERS:
+    check_fields(
+      config[name],
+      f"config.{name}.",
+      choices=_OPTIMIZER_CHOICES,
+      positive=("learning_rate",),
+      not_negative=_OPTIMIZER_NOT_NEGATIVE,
+      shares=("b1", "b2"),
+    )
   if config.batch_size % config.accumulation:
     raise ConfigError(
       f"config.accumulation={config.accumulation} must divide "
@@ -135,26 +163,7 @@ def validate(config):
       f"config.data.crop={tuple(crop)} must be empty or the left, top, right "
       "and bottom of a square in pixels, as (25, 57, 153, 185)"
     )
-  size = config.data.image_size
-  for name in ("generator", "discriminator"):
-    network = config[name]
-    if size % network.patch_size:
-      raise ConfigError(
-        f"config.{name}.patch_size={network.patch_size} must divide "
-        f"config.data.image_size={size}"
-      )
-    if network.width % network.num_heads:
-      raise ConfigError(
-        f"config.{name}.num_heads={network.num_heads} must divide "
-        f"config.{name}.width={network.width}"
-      )
-  patch_size = config.generator.patch_size
-  is_power_of_two = patch_size & (patch_size - 1) == 0
-  if config.generator.patch_decoder == "conv" and not is_power_of_two:
-    raise ConfigError(
-      f"config.generator.patch_size={patch_size} must be a power of two for "
-      "patch_decoder='conv', which doubles the resolution"
-    )
+  networks.check(config)
 
 
 def flatten(config):
@@ -168,9 +177,14 @@ def flatten(config):
   return values
 
 
+def images_per_step(config):
+  """Returns the real images of a training step: those of its d_steps."""
+  return config.batch_size * config.d_steps
+
+
 def total_steps(config):
   """Returns the training steps of a run: `total_kimg`, rounded up to calls."""
-  images_per_call = config.batch_size * config.steps_per_call
+  images_per_call = images_per_step(config) * config.steps_per_call
   calls = -(-int(config.total_kimg * 1000) // images_per_call)
   return calls * config.steps_per_call
 
@@ -186,6 +200,8 @@ def load(workdir):
   Raises:
     ConfigError: if the folder has none, or none that can be read.
   """
+  from vitgan_jax.models import networks  # it imports this module
+
   path = config_path(workdir)
   if not path.exists():
     raise ConfigError(
@@ -200,7 +216,9 @@ def load(workdir):
     raise ConfigError(f"{path} is damaged: it holds no config")
   config = ml_collections.ConfigDict(values).lock()
   fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
+  fields |= {f"{name}.learning_rate" for name in _OPTIMIZERS}
   missing = sorted(fields - flatten(config).keys())
+  missing += networks.missing_fields(config)
   if missing:
     raise ConfigError(
       f"{path} lacks {', '.join(missing)}: another version of vitgan_jax made "
@@ -209,11 +227,11 @@ def load(workdir):
   return config
 
 
-def with_places(config, other):
+def with_machine_fields(config, other):
   """Returns a config that looks for data and programs where another does."""
   values = flatten(other)
   config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict({f: values[f] for f in PLACES})
+  config.update_from_flattened_dict({f: values[f] for f in MACHINE_FIELDS})
   return config.lock()
 
 

@@ -42,13 +42,13 @@ class Pictures:
 
     # One device: its batch is the grid.
     devices = jax.local_devices()[:1]
-    config, mesh, state = checkpoint.load_run(workdir, devices)
+    _, nets, mesh, state = checkpoint.load_run(workdir, devices)
     self.step = int(state.step)
-    self._params = state.g_ema_params
-    self._mean_w = sample.mean_w(config, self._params)
-    self._sampler = sample.make_sampler(config, mesh)
+    self._variables = state.g_ema_variables
+    self._mean_w = sample.mean_w(nets, self._variables)
+    self._sampler = sample.make_sampler(nets, mesh)
     self._interpolate = sample.make_interpolator(
-      config, mesh, rows=1, columns=_NUM_BETWEEN
+      nets, mesh, rows=1, columns=_NUM_BETWEEN
     )
 
   def draw(self, seed, psi):
@@ -57,13 +57,13 @@ class Pictures:
     Args:
       seed: of the latents.
       psi: share of w's distance from its mean that is left; see
-        `Generator.truncated`.
+        `sample.make_sampler`.
     """
     import numpy as np
 
     from vitgan_jax import pictures
 
-    arguments = (self._params, int(seed))
+    arguments = (self._variables, int(seed))
     truncation = (float(psi), self._mean_w)
     samples = np.asarray(self._sampler(*arguments, 0, truncation))
     between = np.asarray(self._interpolate(*arguments, truncation))[0]

@@ -1,22 +1,25 @@
-"""What tells a healthy run from a stuck one, measured at every sample grid."""
+"""What tells a healthy run from a stuck one, measured at every sample grid.
+
+The networks sow what they have to show; what one does not sow is left out.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax import partitioning
-from vitgan_jax.gan_step import to_float
-from vitgan_jax.train_state import build_models
+from vitgan_jax import partitioning, pictures
+from vitgan_jax.models import networks
+from vitgan_jax.pixels import to_float
 
 
-class Insides(NamedTuple):
+class Intermediates(NamedTuple):
   """What the discriminator's layers do, for pictures.
 
   Attributes:
     attention: [B, blocks, G, G], the share of the class token's attention that
       goes to each of the G x G patches, the mean over heads. The class token
-      itself has the rest.
+      itself has the rest. None if it shows no attention to a grid.
     growth: {"block0/mlp_in": sigma(W) / sigma(W_init), ...}, a scalar for each
       kernel that is normalised.
   """
@@ -25,55 +28,68 @@ class Insides(NamedTuple):
   growth: Any
 
 
-def make_diagnostics(config, mesh):
-  """Returns the jitted `diagnostics(state, images, latents)`.
+def make_diagnostics(nets, mesh):
+  """Returns the jitted `diagnostics(state, images, latents, labels)`.
 
   Takes uint8 images [B, S, S, 3] for the discriminator, real ones in a training
-  run, and latents [B, latent_dim]; returns (scalars, `Insides`). The scalars:
+  run, latents [B, latent_dim], and labels [B], or None without classes; returns
+  (scalars, `Intermediates`). The scalars:
 
   attention/entropy_min, attention/entropy_mean: of the discriminator's blocks,
-    as a share of log N. Near 0 each token attends to itself alone.
+    as a share of log N, if it shows any. Near 0 each token attends to itself
+    alone.
   sigma/growth_max: the largest sigma(W) / sigma(W_init) of its kernels, if
     they are normalised.
   diversity/std_over_latents: standard deviation of the averaged generator's
     images over latents, the mean over pixels. It falls to 0 where all latents
     give one image; diversity/std_of_mean_image is there to compare.
   """
-  generator, discriminator = build_models(config)  # the plain form: see there
+  generator, discriminator = map(networks.plain, nets[:2])
 
-  def diagnostics(state, images, latents):
+  def diagnostics(state, images, latents, labels=None):
     _, collections = discriminator.apply(
-      {"params": state.d_params, "spectral": state.d_spectral},
-      to_float(images),
-      mutable=["intermediates"],
+      state.d_variables, to_float(images), labels, mutable=["intermediates"]
     )
-    fake_images = generator.apply({"params": state.g_ema_params}, latents)
-    entropy = list(_sown(collections, "attention_entropy").values())
-    growth = _sown(collections, "sigma_growth")
-    weights = _sown(collections, "attention_weights")
-    maps = [
-      jnp.mean(weights[f"block{i}/attention"][:, :, 0, 1:], axis=1)
-      for i in range(config.discriminator.depth)
-    ]
-    grid = config.data.image_size // config.discriminator.patch_size
-    maps = jnp.stack(maps, axis=1).reshape(len(images), -1, grid, grid)
+    fake_images = generator.apply(state.g_ema_variables, latents, labels)
     scalars = {
-      "attention/entropy_min": jnp.min(jnp.stack(entropy)),
-      "attention/entropy_mean": jnp.mean(jnp.stack(entropy)),
       "diversity/std_over_latents": jnp.mean(jnp.std(fake_images, axis=0)),
       "diversity/std_of_mean_image": jnp.std(jnp.mean(fake_images, axis=0)),
     }
-    if growth:
+    if entropy := list(_sown(collections, "attention_entropy").values()):
+      scalars["attention/entropy_min"] = jnp.min(jnp.stack(entropy))
+      scalars["attention/entropy_mean"] = jnp.mean(jnp.stack(entropy))
+    if growth := _sown(collections, "sigma_growth"):
       scalars["sigma/growth_max"] = jnp.max(jnp.stack(list(growth.values())))
-    return scalars, Insides(maps, growth)
+    return scalars, Intermediates(_attention_maps(collections), growth)
 
   return jax.jit(diagnostics, out_shardings=partitioning.replicated(mesh))
+
+
+def _attention_maps(collections):
+  """Returns `Intermediates.attention`.
+
+  Blocks are in the order of their names; the class token is the last of N.
+  """
+  weights = _sown(collections, "attention_weights")
+  maps = [
+    jnp.mean(weights[name][:, :, -1, :-1], axis=1)
+    for name in sorted(weights, key=pictures.natural_key)
+  ]
+  if not maps or len({x.shape for x in maps}) > 1:
+    return None
+  maps = jnp.stack(maps, axis=1)
+  grid = round(maps.shape[-1] ** 0.5)
+  if grid**2 != maps.shape[-1]:
+    return None
+  return maps.reshape(*maps.shape[:-1], grid, grid)
 
 
 def _sown(collections, name):
   """Returns {layer: value} of all values that were sown under a name."""
   values = {}
-  for path, value in jax.tree.leaves_with_path(collections["intermediates"]):
+  for path, value in jax.tree.leaves_with_path(
+    collections.get("intermediates", {})
+  ):
     *layer, last, _ = (getattr(part, "key", None) for part in path)
     if last == name:
       values["/".join(layer).removesuffix("/norm")] = value

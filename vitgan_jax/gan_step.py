@@ -1,8 +1,15 @@
-"""One training step: a discriminator update, then a generator update.
+"""One training step: discriminator updates, then a generator update.
 
-Everything here is pure: (state, real images, key) to (state, metrics). Random
-numbers are drawn with their global shape inside the step, so that one device
-and many see the same ones.
+Everything here is pure. A batch is a dict of
+
+  images: uint8 [B, S, S, 3], real ones.
+  labels: int32 [B], their classes, or None without classes; the generated
+    images of a batch have the same ones.
+  keys: [B], a key for each image: all that is drawn at random for it comes from
+    there, so that one device and many, one part and many, see the same numbers.
+
+The losses compute on the share of a batch that `partitioning.gradient` gives
+them.
 """
 
 import functools
@@ -14,264 +21,305 @@ import optax
 
 from vitgan_jax import diff_augment, losses, partitioning
 from vitgan_jax import train_state as train_state_lib
+from vitgan_jax.models import networks
+from vitgan_jax.pixels import to_float
 
 LOGIT_EMA_DECAY = 0.99  # LeCam, Tseng et al. 2021
 
 
-def make_train_step(config, mesh):
-  """Returns `train_step(state, real_images, key)` for a config and a mesh.
+def d_loss(d_params, batch, state, *, config, nets):
+  """Returns the discriminator's loss.
 
-  `real_images` are uint8 [B, S, S, 3]; the metrics are float32 scalars.
+  Args:
+    d_params: what it is differentiated for.
+    batch: see above.
+    state: GANState; its `d_params` are not used.
+    config: of `configs/`.
+    nets: `networks.Networks`.
+
+  Returns:
+    (loss, (metrics, the discriminator's model_state after this call)).
   """
-  generator, discriminator = train_state_lib.build_models(config, mesh)
-  _, twice_differentiable = train_state_lib.build_models(config)
-  g_optimizer, d_optimizer = train_state_lib.build_optimisers(config)
-  d_adversarial, g_adversarial = losses.ADVERSARIAL_LOSSES[
-    config.loss.adversarial
-  ]
-  transform = diff_augment.apply
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys = split_keys(
+    batch["keys"], 6
+  )
+  labels = batch["labels"]
+  augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
+  real_images = _real_images(config, batch["images"], flip_keys)
+  latents = draw_latents(z_keys, nets.generator.latent_dim)
+  fake_images, _ = _run(
+    nets.generator, state.g_variables, latents, labels, g_keys
+  )
+  real_augmented = augment(real_keys, real_images)
+  fake_augmented = augment(fake_keys, fake_images)
 
-  def draw_latents(key):
-    shape = (config.batch_size, config.generator.latent_dim)
-    return lax.with_sharding_constraint(
-      jax.random.normal(key, shape), partitioning.batch_sharding(mesh)
-    )
+  # The one call in a step that updates what the discriminator keeps.
+  shown = [real_augmented, fake_augmented]
+  if config.loss.bcr_weight:
+    shown += [real_images, fake_images]
+  variables = {"params": d_params, **state.d_model_state}
+  logits, model_state = _discriminate(
+    nets.discriminator, variables, shown, labels, d_keys, update=True
+  )
+  real_logits, fake_logits = logits[:2]
+  d_adversarial, _ = losses.ADVERSARIAL_LOSSES[config.loss.adversarial]
+  loss = d_adversarial(real_logits, fake_logits)
+  metrics = {
+    "loss/d": loss,
+    "scores/real": jnp.mean(real_logits),
+    "scores/fake": jnp.mean(fake_logits),
+  }
 
-  def draw_augmentation(key):
-    return diff_augment.draw(
-      key, config.batch_size, config.data.image_size, **config.augment
-    )
-
-  def generate(g_params, latents):
-    return generator.apply({"params": g_params}, latents)
-
-  gradient_of = functools.partial(_gradient, config.accumulation, mesh)
-
-  def d_step(state, real_images, key):
-    z_key, real_key, fake_key = jax.random.split(key, 3)
-    batch = (
-      draw_latents(z_key),
-      real_images,
-      draw_augmentation(real_key),
-      draw_augmentation(fake_key),
-    )
-
-    def loss_fn(d_params, batch):
-      latents, real_images, real_draws, fake_draws = batch
-      fake_images = generate(state.g_params, latents)
-      real_augmented = transform(real_draws, real_images)
-      fake_augmented = transform(fake_draws, fake_images)
-      variables = {"params": d_params, "spectral": state.d_spectral}
-      batches = [real_augmented, fake_augmented]
-      if config.loss.bcr_weight:
-        batches += [real_images, fake_images]
-      # The one call in a step that writes u; all batches share it.
-      logits, spectral = _apply_to_all(discriminator, variables, batches)
-      real_logits, fake_logits = logits[:2]
-      loss = d_adversarial(real_logits, fake_logits)
-      metrics = {
-        "loss/d": loss,
-        "scores/real": jnp.mean(real_logits),
-        "scores/fake": jnp.mean(fake_logits),
-      }
-
-      def add(name, weight, penalty):
-        nonlocal loss
-        metrics[f"penalty/{name}"] = penalty
-        loss += weight * penalty
-
-      if config.loss.bcr_weight:
-        consistency = losses.balanced_consistency(
-          logits[2], real_logits
-        ) + losses.balanced_consistency(logits[3], fake_logits)
-        add("bcr", config.loss.bcr_weight, consistency)
-      if config.loss.lecam_weight:
-        add(
-          "lecam",
-          config.loss.lecam_weight,
-          losses.lecam(real_logits, fake_logits, state.logit_ema),
-        )
-      for name, gamma, images in (
-        ("r1", config.loss.r1_gamma, real_augmented),
-        ("r2", config.loss.r2_gamma, fake_augmented),
-      ):
-        if gamma:
-          discriminate = functools.partial(
-            twice_differentiable.apply, {**variables, "spectral": spectral}
-          )
-          every = config.loss.gradient_penalty_every
-          # Taken every few steps, and then times as many, it is as strong.
-          penalty = every * lax.cond(
-            state.step % every == 0,
-            functools.partial(losses.gradient_penalty, discriminate),
-            lambda unused_images: jnp.zeros(()),
-            images,
-          )
-          add(name, gamma, penalty)
-      return loss, (metrics, spectral)
-
-    gradients, (metrics, spectral) = gradient_of(loss_fn, state.d_params, batch)
-    updates, opt_state = d_optimizer.update(
-      gradients, state.d_opt_state, state.d_params
-    )
-    logit_ema = {
-      name: LOGIT_EMA_DECAY * average
-      + (1.0 - LOGIT_EMA_DECAY) * metrics[f"scores/{name}"]
-      for name, average in state.logit_ema.items()
-    }
-    state = state.replace(
-      d_params=optax.apply_updates(state.d_params, updates),
-      d_spectral=spectral,
-      d_opt_state=opt_state,
-      logit_ema=logit_ema,
-    )
-    return state, metrics
-
-  def g_step(state, real_images, key):
-    z_key, real_key, fake_key = jax.random.split(key, 3)
-    variables = {"params": state.d_params, "spectral": state.d_spectral}
-
-    batch = (draw_latents(z_key), draw_augmentation(fake_key))
-    if config.loss.adversarial == "rpgan":  # the one that compares pairs
-      batch += (real_images, draw_augmentation(real_key))
-
-    def loss_fn(g_params, batch):
-      latents, fake_draws, *real = batch
-      fake_images = transform(fake_draws, generate(g_params, latents))
-      fake_logits = discriminator.apply(variables, fake_images)
-      real_logits = None
-      if real:
-        real_images, real_draws = real
-        real_logits = discriminator.apply(
-          variables, transform(real_draws, real_images)
-        )
-      loss = g_adversarial(real_logits, fake_logits)
-      return loss, ({"loss/g": loss}, None)
-
-    gradients, (metrics, _) = gradient_of(loss_fn, state.g_params, batch)
-    updates, opt_state = g_optimizer.update(
-      gradients, state.g_opt_state, state.g_params
-    )
-    g_params = optax.apply_updates(state.g_params, updates)
-    decay = train_state_lib.ema_decay(
-      state.step * config.batch_size,
-      config.batch_size,
-      config.ema.half_life_kimg,
-      config.ema.ramp_up,
-    )
-    state = state.replace(
-      g_params=g_params,
-      g_ema_params=train_state_lib.update_ema(
-        state.g_ema_params, g_params, decay
-      ),
-      g_opt_state=opt_state,
-    )
-    return state, metrics
-
-  def train_step(state, real_images, key):
-    flip_key, d_key, g_key = jax.random.split(key, 3)
-    real_images = to_float(real_images)
-    if config.data.flip:
-      real_images = random_flip(flip_key, real_images)
-    state, d_metrics = d_step(state, real_images, d_key)
-    state, g_metrics = g_step(state, real_images, g_key)
-    return state.replace(step=state.step + 1), {**d_metrics, **g_metrics}
-
-  return train_step
+  penalties = {}
+  if config.loss.bcr_weight:
+    penalties["bcr"] = losses.balanced_consistency(
+      logits[2], real_logits
+    ) + losses.balanced_consistency(logits[3], fake_logits)
+  if config.loss.lecam_weight:
+    penalties["lecam"] = losses.lecam(real_logits, fake_logits, state.logit_ema)
+  for name, images in (("r1", real_augmented), ("r2", fake_augmented)):
+    if config.loss[f"{name}_gamma"]:
+      penalties[name] = _lazy_gradient_penalty(
+        config.loss.gradient_penalty_every,
+        state.step,
+        lambda images: _discriminate(
+          networks.plain(nets.discriminator),
+          {**variables, **model_state},
+          [images],
+          labels,
+          d_keys,
+        )[0][0],
+        images,
+      )
+  weights = {
+    "bcr": config.loss.bcr_weight,
+    "lecam": config.loss.lecam_weight,
+    "r1": config.loss.r1_gamma,
+    "r2": config.loss.r2_gamma,
+  }
+  return _add_penalties(loss, metrics, penalties, weights, model_state)
 
 
-def make_train_steps(config, mesh):
-  """Returns the jitted `train_steps(state, real_images)`, n steps in one call.
+def g_loss(g_params, batch, state, *, config, nets):
+  """Returns the generator's loss; see `d_loss`.
 
-  `real_images` are uint8 [n, B, S, S, 3]; the metrics are means over the n
-  steps. The state is donated.
+  Returns:
+    (loss, (metrics, the generator's model_state after this call)).
   """
-  train_step = make_train_step(config, mesh)
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys = split_keys(
+    batch["keys"], 6
+  )
+  labels = batch["labels"]
+  augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
+  latents = draw_latents(z_keys, nets.generator.latent_dim)
+  fake_images, model_state = _run(
+    nets.generator,
+    {"params": g_params, **state.g_model_state},
+    latents,
+    labels,
+    g_keys,
+    update=True,
+  )
+  discriminate = functools.partial(
+    _discriminate,
+    nets.discriminator,
+    state.d_variables,
+    labels=labels,
+    keys=d_keys,
+  )
+  (fake_logits,), _ = discriminate(images=[augment(fake_keys, fake_images)])
+  real_logits = None
+  if config.loss.adversarial == "rpgan":  # the one that compares pairs
+    real_images = _real_images(config, batch["images"], flip_keys)
+    (real_logits,), _ = discriminate(images=[augment(real_keys, real_images)])
+  _, g_adversarial = losses.ADVERSARIAL_LOSSES[config.loss.adversarial]
+  loss = g_adversarial(real_logits, fake_logits)
+  return _add_penalties(loss, {"loss/g": loss}, {}, {}, model_state)
 
-  def body(state, real_images):
+
+def d_step(state, batch, *, config, nets, mesh):
+  """Updates the discriminator; returns (state, metrics)."""
+  gradients, (metrics, model_state) = partitioning.gradient(
+    functools.partial(d_loss, config=config, nets=nets),
+    state.d_params,
+    batch,
+    state.without_optimizers(),
+    mesh=mesh,
+    num_parts=config.accumulation,
+  )
+  _, optimizer = train_state_lib.build_optimizers(config)
+  updates, opt_state = optimizer.update(
+    gradients, state.d_opt_state, state.d_params
+  )
+  logit_ema = {
+    name: LOGIT_EMA_DECAY * average
+    + (1.0 - LOGIT_EMA_DECAY) * metrics[f"scores/{name}"]
+    for name, average in state.logit_ema.items()
+  }
+  state = state.replace(
+    d_params=optax.apply_updates(state.d_params, updates),
+    d_model_state=model_state,
+    d_opt_state=opt_state,
+    logit_ema=logit_ema,
+  )
+  return state, metrics
+
+
+def g_step(state, batch, *, config, nets, mesh):
+  """Updates the generator and its average; returns (state, metrics)."""
+  gradients, (metrics, model_state) = partitioning.gradient(
+    functools.partial(g_loss, config=config, nets=nets),
+    state.g_params,
+    batch,
+    state.without_optimizers(),
+    mesh=mesh,
+    num_parts=config.accumulation,
+  )
+  optimizer, _ = train_state_lib.build_optimizers(config)
+  updates, opt_state = optimizer.update(
+    gradients, state.g_opt_state, state.g_params
+  )
+  state = state.replace(
+    g_params=optax.apply_updates(state.g_params, updates),
+    g_model_state=model_state,
+    g_opt_state=opt_state,
+  )
+  return train_state_lib.update_average(state, config), metrics
+
+
+def train_step(state, batch, key, *, config, nets, mesh):
+  """Takes `config.d_steps` steps of the discriminator and one of the generator.
+
+  Args:
+    state: GANState.
+    batch: see above, without keys, of arrays [d_steps, B, ...]; the generator
+      takes the last one.
+    key: of the step.
+    config: of `configs/`.
+    nets: `networks.Networks`.
+    mesh: of `partitioning.create_mesh`.
+
+  Returns:
+    (state, metrics): float32 scalars, the discriminator's means over its steps.
+  """
+  shape = (config.d_steps + 1, config.batch_size)
+  *d_keys, g_keys = jax.random.split(key, shape)
+  options = dict(config=config, nets=nets, mesh=mesh)
+  state, d_metrics = lax.scan(
+    functools.partial(d_step, **options),
+    state,
+    {**batch, "keys": jnp.stack(d_keys)},
+  )
+  last = jax.tree.map(lambda x: x[-1], batch)
+  state, g_metrics = g_step(state, {**last, "keys": g_keys}, **options)
+  metrics = {**jax.tree.map(jnp.mean, d_metrics), **g_metrics}
+  return state.replace(step=state.step + 1), metrics
+
+
+def make_train_steps(config, nets, mesh):
+  """Returns the jitted `train_steps(state, batch)`, n steps in one call.
+
+  The batch is that of `train_step`, of arrays [n, d_steps, B, ...]; the metrics
+  are means over the n steps. The state is donated.
+  """
+
+  def body(state, batch):
     key = jax.random.fold_in(state.key, state.step)
-    return train_step(state, real_images, key)
+    return train_step(state, batch, key, config=config, nets=nets, mesh=mesh)
 
-  def train_steps(state, real_images):
-    state, metrics = lax.scan(body, state, real_images)
+  def train_steps(state, batch):
+    state, metrics = lax.scan(body, state, batch)
     return state, jax.tree.map(jnp.mean, metrics)
 
-  state_shardings = train_state_lib.state_shardings(config, mesh)
+  state_shardings = train_state_lib.state_shardings(config, nets, mesh)
   return jax.jit(
     train_steps,
-    in_shardings=(state_shardings, partitioning.batch_sharding(mesh, axis=1)),
+    in_shardings=(state_shardings, partitioning.batch_sharding(mesh, axis=2)),
     out_shardings=(state_shardings, partitioning.replicated(mesh)),
     donate_argnums=0,
   )
 
 
-def to_float(images):
-  """Maps uint8 to float32 in [-1, 1]."""
-  return images.astype(jnp.float32) * (2.0 / 255.0) - 1.0
+def split_keys(keys, count):
+  """Splits the key of each image: keys [B] to `count` of them."""
+  return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
-def random_flip(key, images):
-  """Mirrors each image [B, S, S, C] left to right with probability 1/2."""
-  flipped = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
-  return jnp.where(flipped, images[:, :, ::-1], images)
+def draw_latents(keys, latent_dim):
+  """Draws a latent [latent_dim] for each of the keys [B]."""
+  return jax.vmap(lambda key: jax.random.normal(key, (latent_dim,)))(keys)
 
 
-def _gradient(num_parts, mesh, loss_fn, params, batch):
-  """Differentiates a loss, one part of the batch after the other.
+def random_flip(key, image):
+  """Mirrors an image [S, S, C] left to right with probability 1/2."""
+  return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
-  All losses and penalties of a step are means over images, or over pairs of
-  them, and so are their sums: means over equal parts are those of the whole.
+
+def _real_images(config, images, flip_keys):
+  """Returns uint8 images as the networks have them, mirrored at random."""
+  images = to_float(images)
+  return (
+    jax.vmap(random_flip)(flip_keys, images) if config.data.flip else images
+  )
+
+
+def _run(network, variables, inputs, labels, keys, update=False):
+  """Calls a network as in training.
+
+  The power iteration of spectral normalisation goes on in a call that updates,
+  and nowhere else. Batch statistics are those of the batch in any call.
+
+  Returns:
+    (outputs, model_state); where it does not update, that of the variables.
+  """
+  model_state = {k: v for k, v in variables.items() if k != "params"}
+  mutable = [k for k in model_state if update or k != "spectral"]
+  outputs, updates = network.apply(
+    variables, inputs, labels, keys, train=True, mutable=mutable
+  )
+  return outputs, {**model_state, **updates} if update else model_state
+
+
+def _discriminate(discriminator, variables, images, labels, keys, update=False):
+  """Discriminates several batches of images in one call.
 
   Args:
-    num_parts: how many micro-batches.
-    mesh: of the devices that share the batch.
-    loss_fn: (params, batch) to (loss, (metrics, rest)); `rest` is of the
-      parameters alone, the same for all images.
-    params: pytree.
-    batch: pytree of arrays [B, ...].
+    discriminator: Linen module.
+    variables: its own.
+    images: k arrays [B, S, S, 3].
+    labels: [B] or None, the same for each of them.
+    keys: [B].
+    update: see `_run`.
 
   Returns:
-    (gradients, (metrics, rest)).
+    (k logits [B], model_state).
   """
-  gradient_fn = jax.grad(loss_fn, has_aux=True)
-  if num_parts == 1:
-    return gradient_fn(params, batch)
-
-  def split(x):
-    # Part k has the images k, k + num_parts, ...: none leaves its device.
-    x = x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
-    sharding = partitioning.batch_sharding(mesh, axis=1)
-    return lax.with_sharding_constraint(x, sharding)
-
-  def add(carry, part):
-    (gradients, metrics), _ = carry
-    new_gradients, (new_metrics, rest) = gradient_fn(params, part)
-    sums = jax.tree.map(
-      jnp.add, (gradients, metrics), (new_gradients, new_metrics)
-    )
-    return (sums, rest), None
-
-  parts = jax.tree.map(split, batch)
-  gradients, (metrics, rest) = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], parts)),
+  count = len(images)
+  if labels is not None:
+    labels = jnp.tile(labels, count)
+  logits, model_state = _run(
+    discriminator,
+    variables,
+    jnp.concatenate(images),
+    labels,
+    split_keys(keys, count).reshape(-1),
+    update,
   )
-  (sums, rest), _ = lax.scan(add, ((gradients, metrics), rest), parts)
-  gradients, metrics = jax.tree.map(lambda x: x / num_parts, sums)
-  return gradients, (metrics, rest)
+  return jnp.split(logits, count), model_state
 
 
-def _apply_to_all(discriminator, variables, batches):
-  """Discriminates several batches [B, ...] in one pass that updates u.
+def _lazy_gradient_penalty(every, step, discriminate, images):
+  """Returns `losses.gradient_penalty` of every k-th step, k times as strong."""
+  return every * lax.cond(
+    step % every == 0,
+    functools.partial(losses.gradient_penalty, discriminate),
+    lambda unused_images: jnp.zeros(()),
+    images,
+  )
 
-  Returns:
-    A list of logits [B], one for each batch, and the collection `spectral`.
-  """
-  # Stacked behind the batch axis: side by side along it, the images of each
-  # device would have to move to another.
-  images = jnp.stack(batches, axis=1)
-  images = images.reshape(-1, *images.shape[2:])
-  logits, updates = discriminator.apply(variables, images, mutable=["spectral"])
-  # Without spectral normalisation there is no such collection.
-  spectral = updates.get("spectral", {})
-  return list(logits.reshape(-1, len(batches)).T), spectral
+
+def _add_penalties(loss, metrics, penalties, weights, model_state):
+  """Returns (loss with its penalties, (metrics with them, model_state))."""
+  loss += sum(weights[name] * value for name, value in penalties.items())
+  metrics |= {f"penalty/{name}": value for name, value in penalties.items()}
+  return loss, (metrics, model_state)

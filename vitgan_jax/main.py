@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import PLACES, ConfigError
+from vitgan_jax.config import MACHINE_FIELDS, ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."
@@ -113,7 +113,7 @@ def main(arguments):
   given = set()
   if _CONFIG.value is not None:
     given.update(config_flags.get_override_values(flags.FLAGS["config"]))
-  uses = {"train": given, "evaluate": set(PLACES), "sample": set()}
+  uses = {"train": given, "evaluate": set(MACHINE_FIELDS), "sample": set()}
   if unused := given - uses[_MODE.value]:
     raise ConfigError(
       f"--config.{min(unused)} is for --mode=train; --mode={_MODE.value} takes "
@@ -135,12 +135,15 @@ def main(arguments):
 def _train():
   from vitgan_jax import train
 
-  train.train_and_evaluate(_CONFIG.value, _workdir())
+  try:
+    train.train_and_evaluate(_CONFIG.value, _workdir())
+  except train.TrainingDivergedError as error:
+    cli.fail(error)
 
 
 def _evaluate():
   workdir = _workdir()
-  from vitgan_jax.metrics import evaluate
+  from vitgan_jax import evaluate
 
   evaluate.evaluate(
     workdir,

@@ -8,9 +8,11 @@ from etils import epath
 import jax
 import numpy as np
 
+from vitgan_jax import config as config_lib
 from vitgan_jax import pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
+from vitgan_jax.events import EventWriter
 
 _FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
 _NUM_PROFILED_CALLS = 3
@@ -29,22 +31,22 @@ class Progress:
 
   def report(self, step, metrics):
     """Prints a line; returns {"images_per_sec"} and kimg as metrics."""
-    batch_size = self._config.batch_size
+    images_per_step = config_lib.images_per_step(self._config)
     now = time.monotonic()
     last_step, last_time = self._last
     self._last = (step, now)
-    result = {"kimg": step * batch_size / 1000}
+    result = {"kimg": step * images_per_step / 1000}
     line = f"{result['kimg']:.6g}/{self._config.total_kimg:g} kimg"
     if last_time is not None and step > last_step:
       rate = (step - last_step) / (now - last_time)
       seconds = round((self._total_steps - step) / rate)
-      result["images_per_sec"] = rate * batch_size
+      result["images_per_sec"] = rate * images_per_step
       line += (
-        f"  {rate * batch_size:.0f} images/s  "
+        f"  {rate * images_per_step:.0f} images/s  "
         f"ETA {datetime.timedelta(seconds=seconds)}"
       )
     line += "".join(f"  {k} {v:.3f}" for k, v in sorted(metrics.items()))
-    if processes.is_first():
+    if processes.is_primary():
       print(line, flush=True)
     return result
 
@@ -59,7 +61,7 @@ class Profiler:
   def __init__(self, config, workdir):
     """Records nothing unless config.profile, and in the first process only."""
     self._folder = epath.Path(workdir)
-    self._wanted = config.profile and processes.is_first()
+    self._wanted = config.profile and processes.is_primary()
     self._calls = 0
     self._running = False
 
@@ -99,72 +101,66 @@ class MetricWriter:
     """Opens the files; all but the first process write nothing."""
     self._workdir = epath.Path(workdir)
     self._writer = None
-    if processes.is_first():
-      # Late: it imports TensorFlow.
-      from clu import metric_writers
-
-      self._writer = metric_writers.AsyncWriter(
-        metric_writers.SummaryWriter(str(workdir))
-      )
+    if processes.is_primary():
+      self._writer = EventWriter(workdir)
 
   def write(self, step, scalars, images=None):
-    """Writes a dict of scalars and a dict of images, uint8 [1, H, W, 3]."""
+    """Writes a dict of scalars and a dict of images, uint8 [H, W, 3]."""
     if self._writer:
-      self._writer.write_scalars(step, scalars)
+      self._writer.write(step, scalars, images or {})
       with (self._workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **scalars}) + "\n")
-      if images:
-        self._writer.write_images(step, images)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused_exception):
     if self._writer:
-      self._writer.flush()
       self._writer.close()
 
 
 class SampleWriter:
   """Draws the same latents again and again, and measures the diagnostics."""
 
-  def __init__(self, config, workdir, mesh, images, writer):
+  def __init__(self, config, workdir, nets, mesh, images, writer):
     """Makes the folder `samples` in the workdir.
 
     Args:
       config: of the run.
       workdir: its folder.
+      nets: its Networks.
       mesh: the devices to sample on.
-      images: uint8 [num_images, S, S, 3], of which the first are looked at.
+      images: PreparedImages, of which the first are looked at.
       writer: a MetricWriter.
     """
     self.latest = epath.Path(workdir) / "grid.png"
     self._folder = epath.Path(workdir) / "samples"
-    if processes.is_first():
+    if processes.is_primary():
       self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
-    self._sampler = sample_lib.make_sampler(config, mesh)
-    self._diagnostics = make_diagnostics(config, mesh)
+    self._sampler = sample_lib.make_sampler(nets, mesh)
+    self._diagnostics = make_diagnostics(nets, mesh)
     self._real_images = images[:64]
+    self._labels = images.labels()[:64] if config.data.num_classes else None
     self._latents = jax.random.normal(
-      jax.random.key(SAMPLE_SEED), (64, config.generator.latent_dim)
+      jax.random.key(SAMPLE_SEED), (64, nets.generator.latent_dim)
     )
     self._writer = writer
 
   def write(self, step, state):
     """Writes samples/<step>.png, grid.png, and the same to TensorBoard.
 
-    TensorBoard gets pictures of the discriminator's insides as well.
+    TensorBoard gets pictures of what the discriminator does as well.
     """
     # All processes take part in drawing; one writes.
     batches = sample_lib.sample_images(
-      self._sampler, state.g_ema_params, SAMPLE_SEED, self._count
+      self._sampler, state.g_ema_variables, SAMPLE_SEED, self._count
     )
     grid = pictures.image_grid(np.concatenate(list(batches)))
-    scalars, insides = self._diagnostics(
-      state, self._real_images, self._latents
+    scalars, shown = self._diagnostics(
+      state, self._real_images, self._latents, self._labels
     )
-    if not processes.is_first():
+    if not processes.is_primary():
       return
     path = self._folder / f"{step:08d}.png"
     pictures.write_png(path, grid, min_side=512)
@@ -172,17 +168,7 @@ class SampleWriter:
     partial = self.latest.with_suffix(".partial")
     path.copy(partial, overwrite=True)
     partial.replace(self.latest)
-    drawn = {
-      "samples": grid,
-      "attention": visualize.attention_picture(
-        self._real_images[: visualize.NUM_ROWS],
-        np.asarray(insides.attention)[: visualize.NUM_ROWS],
-      ),
-    }
-    if insides.growth:
-      drawn["sigma"] = visualize.sigma_picture(insides.growth)
-    self._writer.write(
-      step,
-      {key: float(value) for key, value in scalars.items()},
-      {key: picture[None] for key, picture in drawn.items()},
-    )
+    drawn = visualize.discriminator_pictures(self._real_images, shown)
+    drawn["samples"] = grid
+    scalars = {key: float(value) for key, value in scalars.items()}
+    self._writer.write(step, scalars, drawn)

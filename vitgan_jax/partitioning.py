@@ -1,6 +1,8 @@
-"""The device mesh, shardings, and batches that span devices and processes."""
+"""The device mesh, shardings, batches that span devices, and their gradient."""
 
 import jax
+from jax import lax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitgan_jax.config import ConfigError
@@ -70,13 +72,73 @@ def state_shardings(mesh, state):
 
 
 def global_batch(mesh, local_batch, axis=0):
-  """Makes one sharded array of what each process holds of it.
+  """Makes sharded arrays of what each process holds of them.
 
   Args:
     mesh: of `create_mesh`.
-    local_batch: numpy array, this process's share along `axis`.
+    local_batch: pytree of numpy arrays, this process's share along `axis`.
     axis: the batch axis.
   """
-  return jax.make_array_from_process_local_data(
-    batch_sharding(mesh, axis), local_batch
+  sharding = batch_sharding(mesh, axis)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), local_batch
   )
+
+
+def gradient(loss_fn, params, batch, state, *, mesh, num_parts=1):
+  """Differentiates a loss that is a mean over the images of a batch.
+
+  Each device differentiates its own images, one part after the other; then one
+  sum goes over the devices, however many parts there are. A loss that is not a
+  mean over images, or over pairs of them, must itself take means over
+  `BATCH_AXES`.
+
+  Args:
+    loss_fn: (params, batch, state) to (loss, (metrics, model_state)), of the
+      images of one part: scalars that are means over them, and what the
+      network keeps, which must not depend on them, or be averaged over
+      `BATCH_AXES`.
+    params: pytree, whole on each device inside.
+    batch: pytree of arrays [B, ...].
+    state: pytree of whatever else it needs, likewise whole.
+    mesh: of `create_mesh`.
+    num_parts: micro-batches of each device.
+
+  Returns:
+    (gradients, (metrics, model_state)); the model_state of the last part.
+  """
+  gradient_fn = jax.grad(loss_fn, has_aux=True)
+
+  def local(params, batch, state):
+    if num_parts == 1:
+      gradients, (metrics, model_state) = gradient_fn(params, batch, state)
+    else:
+      parts = jax.tree.map(
+        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch
+      )
+
+      def add(sums, part):
+        gradients, (metrics, model_state) = gradient_fn(params, part, state)
+        return jax.tree.map(jnp.add, sums, (gradients, metrics)), model_state
+
+      first = jax.tree.map(lambda x: x[0], parts)
+      gradients, (metrics, _) = jax.eval_shape(
+        gradient_fn, params, first, state
+      )
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics)
+      )
+      sums, model_states = lax.scan(add, zeros, parts)
+      gradients, metrics = jax.tree.map(lambda x: x / num_parts, sums)
+      model_state = jax.tree.map(lambda x: x[-1], model_states)
+    return lax.pmean((gradients, metrics), BATCH_AXES), model_state
+
+  whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+  (gradients, metrics), model_state = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(whole, split, whole),
+    out_specs=whole,
+    check_vma=False,  # a kernel's outputs have no such types
+  )(params, batch, state)
+  return gradients, (metrics, model_state)

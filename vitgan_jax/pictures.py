@@ -1,5 +1,8 @@
 """Pictures of many images: grids, and PNG files."""
 
+import io
+import re
+
 import numpy as np
 from PIL import Image
 
@@ -33,11 +36,22 @@ def write_png(path, image, min_side=0):
     image: what to write.
     min_side: it is enlarged by whole pixels to at least this many.
   """
-  with path.open("wb") as file:
-    Image.fromarray(enlarge(image, min_side)).save(file, format="PNG")
+  path.write_bytes(encode_png(enlarge(image, min_side)))
+
+
+def encode_png(image):
+  """Returns a uint8 image [H, W] or [H, W, 3] as the bytes of a PNG."""
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, format="PNG")
+  return file.getvalue()
 
 
 def enlarge(image, min_side):
   """Enlarges an image [H, W, C] by whole pixels to at least `min_side`."""
   factor = max(1, -(-min_side // min(image.shape[:2])))
   return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def natural_key(name):
+  """Returns a key for `sorted`, which has block10 after block9."""
+  return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 
@@ -20,7 +21,9 @@ def initialize(
 ):
   """Joins the processes of a run; before any other call of JAX.
 
-  Does nothing unless it is asked to detect, or to connect.
+  Does nothing unless it is asked to detect, or to connect. Where the others do
+  not answer, or cannot be joined, the process ends with one line and exit code
+  1: another start may find them.
 
   Args:
     detect: whether to ask the cluster who the others are: Cloud TPU, GKE,
@@ -29,11 +32,10 @@ def initialize(
     num_processes: how many there are, or None.
     process_id: which one this is, from 0, or None.
     preemptible: whether SIGTERM to one is to be seen by all; then it ends
-      none, see `stop_requested`.
+      none, see `StopSignal`.
 
   Raises:
     ConfigError: if the flags do not go together, or no processes are found.
-      Where they do not answer, the process ends with one line.
   """
   flags = {
     "--coordinator_address": coordinator_address,
@@ -83,9 +85,9 @@ def initialize(
       "process: give --coordinator_address, --num_processes and --process_id"
     ) from error
   except RuntimeError as error:  # the port is taken, for one
-    raise ConfigError(
-      f"cannot join the other processes: {str(error).splitlines()[0]}"
-    ) from error
+    sys.exit(
+      f"error: cannot join the other processes: {str(error).splitlines()[0]}"
+    )
   finally:
     alarm.cancel()
 
@@ -101,13 +103,13 @@ def _give_up():
   os._exit(1)
 
 
-def is_first():
+def is_primary():
   """Says whether this is the process that writes what one must write."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def together():
+def raise_together():
   """Leaves the block when all processes have; an error of one is one of all.
 
   Without it, a process that ends would leave the others waiting for it in
@@ -133,22 +135,57 @@ def together():
     raise error
 
 
-def as_first(decision):
+def broadcast_from_first(decision):
   """Returns the first process's yes or no: others may have other disks."""
   return bool(multihost_utils.broadcast_one_to_all(np.int32(decision)))
 
 
-def stop_requested(step, steps_per_call):
-  """Says whether one of the processes got SIGTERM: at the same step in all.
+class StopSignal:
+  """Turns the first SIGINT or SIGTERM into a request to save and stop.
 
-  Args:
-    step: steps done; each process calls this once after each call.
-    steps_per_call: by how many steps the calls are apart.
+  The second one does what it did before. A signal that is ignored stays so:
+  SIGINT is in what a shell script runs in the background.
+
+  Where processes run together, SIGTERM to any of them is a request to all: JAX
+  catches it, and passes it on.
   """
-  # JAX stops all at the first number that none of them has come to, and Orbax
-  # asks for steps as well: so each step is asked for.
-  asked = [
-    multihost_utils.reached_preemption_sync_point(s + 1)
-    for s in range(step - steps_per_call, step)
-  ]
-  return any(asked)
+
+  def __init__(self):
+    self._requested = False
+    self._together = jax.distributed.is_initialized()
+
+  def requested(self, step, steps_per_call):
+    """Says whether to stop: at the same step in all processes.
+
+    Args:
+      step: steps done; each process calls this once after each call.
+      steps_per_call: by how many steps the calls are apart.
+    """
+    if not self._together:
+      return self._requested
+    # JAX stops all at the first number that none of them has come to, and Orbax
+    # asks for steps as well: so each step is asked for.
+    asked = [
+      multihost_utils.reached_preemption_sync_point(s + 1)
+      for s in range(step - steps_per_call, step)
+    ]
+    return any(asked)
+
+  def _request(self, signum, unused_frame):
+    self._requested = True
+    signal.signal(signum, self._before[signum])  # the second one is final
+    if self._together:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def __enter__(self):
+    caught = [signal.SIGINT] + [signal.SIGTERM] * (not self._together)
+    self._before = {
+      signum: signal.signal(signum, self._request)
+      for signum in caught
+      if signal.getsignal(signum) != signal.SIG_IGN
+    }
+    return self
+
+  def __exit__(self, *unused_exception):
+    for signum, handler in self._before.items():
+      signal.signal(signum, handler)

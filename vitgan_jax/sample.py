@@ -6,55 +6,70 @@ Samples always come from the moving average of the generator.
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax import checkpoint, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.train_state import build_models
+from vitgan_jax.gan_step import draw_latents
+from vitgan_jax.models import networks
+from vitgan_jax.pixels import to_uint8
 
 BATCH_SIZE = 64  # per device
 _NUM_MEAN_LATENTS = 10_000  # as in StyleGAN
 
 
-def make_sampler(config, mesh):
-  """Returns `sampler(g_params, seed, start, truncation)`, of one batch.
+def make_sampler(nets, mesh):
+  """Returns `sampler(variables, seed, start, truncation)`, of one batch.
 
-  Sample i of a seed is the same image whatever batch it is drawn in. A batch
-  is uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
+  Sample i of a seed is the same image whatever batch it is drawn in; with
+  classes it is of class i modulo their number. A batch is uint8
+  [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
 
-  `truncation` is None or (psi, mean_w): see `Generator.truncated` and
-  `mean_w`. Whatever the numbers, one program draws them.
+  `variables` are those of the averaged generator. `truncation` is None or (psi,
+  mean_w): w is drawn nearer to its mean (Karras et al. 2019, B). At psi 1 it
+  stays as it is, to the last bit; at 0 it is the mean for all; see `mean_w`.
+  Whatever the numbers, one program draws them.
   """
-  generator, _ = build_models(config, mesh)
-  batch_size = BATCH_SIZE * mesh.size
+  generator = networks.with_kernels(nets, mesh, BATCH_SIZE)[0].generator
 
-  def sampler(g_params, seed, start, truncation=None):
+  def draw(variables, seed, numbers, truncation):
     key = jax.random.key(seed)
-    latents = jax.vmap(
-      lambda i: jax.random.normal(
-        jax.random.fold_in(key, i), (config.generator.latent_dim,)
-      )
-    )(start + jnp.arange(batch_size))
-    latents = jax.lax.with_sharding_constraint(
-      latents, partitioning.batch_sharding(mesh)
-    )
-    return _draw(generator, g_params, latents, truncation)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+    latents = draw_latents(keys, generator.latent_dim)
+    noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    labels = labels_of(generator, numbers)
+    return _draw(generator, variables, latents, labels, noise_keys, truncation)
+
+  whole, split = PartitionSpec(), PartitionSpec(partitioning.BATCH_AXES)
+  draw = jax.shard_map(
+    draw,
+    mesh=mesh,
+    in_specs=(whole, whole, split, whole),
+    out_specs=split,
+    check_vma=False,  # see `partitioning.gradient`
+  )
+
+  def sampler(variables, seed, start, truncation=None):
+    numbers = start + jnp.arange(BATCH_SIZE * mesh.size)
+    return draw(variables, jnp.asarray(seed), numbers, truncation)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
 
 
-def make_interpolator(config, mesh, rows=8, columns=8):
-  """Returns `interpolate(g_params, seed, truncation)`, of pairs of latents.
+def make_interpolator(nets, mesh, rows=8, columns=8):
+  """Returns `interpolate(variables, seed, truncation)`, of pairs of latents.
 
   The images are uint8 [rows, columns, S, S, 3]: each row goes along the great
-  circle from one latent to another. For `truncation` see `make_sampler`.
+  circle from one latent to another. See `make_sampler` for the arguments.
   """
-  generator, _ = build_models(config)
+  generator = networks.plain(nets.generator)
 
-  def interpolate(g_params, seed, truncation=None):
-    shape = (2, rows, 1, config.generator.latent_dim)
-    begin, end = jax.random.normal(jax.random.key(seed), shape)
+  def interpolate(variables, seed, truncation=None):
+    key = jax.random.key(seed)
+    shape = (2, rows, 1, generator.latent_dim)
+    begin, end = jax.random.normal(key, shape)
     norms = jnp.linalg.norm(begin, axis=-1) * jnp.linalg.norm(end, axis=-1)
     angle = jnp.arccos(jnp.sum(begin * end, -1) / norms)[..., None]
     share = jnp.linspace(0.0, 1.0, columns)[:, None]
@@ -62,37 +77,53 @@ def make_interpolator(config, mesh, rows=8, columns=8):
       jnp.sin((1 - share) * angle) * begin + jnp.sin(share * angle) * end
     )
     latents = (latents / jnp.sin(angle)).reshape(rows * columns, -1)
-    images = _draw(generator, g_params, latents, truncation)
+    row = jnp.arange(rows).repeat(columns)
+    # What else is random is the same along a row.
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
+    labels = labels_of(generator, row)
+    images = _draw(generator, variables, latents, labels, keys, truncation)
     return images.reshape(rows, columns, *images.shape[1:])
 
   return jax.jit(interpolate, out_shardings=partitioning.replicated(mesh))
 
 
-def mean_w(config, g_params):
-  """Returns the mean of w [latent_dim] over latents, for truncation."""
-  generator, _ = build_models(config)
-  shape = (_NUM_MEAN_LATENTS, config.generator.latent_dim)
+def mean_w(nets, variables):
+  """Returns the mean of w [...] over latents, for truncation."""
+  generator = networks.plain(nets.generator)
 
   @jax.jit
-  def mean(g_params):
+  def mean(variables):
+    shape = (_NUM_MEAN_LATENTS, generator.latent_dim)
     latents = jax.random.normal(jax.random.key(0), shape)
-    w = generator.apply(
-      {"params": g_params}, latents, method=lambda g, z: g.mapping(z)
-    )
+    labels = labels_of(generator, jnp.arange(len(latents)))
+    w = generator.apply(variables, latents, labels, method=_mapping)
     return jnp.mean(w, axis=0)
 
-  return mean(g_params)
+  return mean(variables)
 
 
-def _draw(generator, g_params, latents, truncation):
-  variables = {"params": g_params}
-  if truncation is None:
-    images = generator.apply(variables, latents)
-  else:
-    images = generator.apply(
-      variables, latents, *truncation, method="truncated"
-    )
-  return to_uint8(images)
+def labels_of(generator, numbers):
+  """Returns the class of each numbered sample; None without classes."""
+  if not generator.num_classes:
+    return None
+  return jnp.asarray(numbers % generator.num_classes, jnp.int32)
+
+
+def _mapping(generator, latents, labels):
+  return generator.mapping(latents, labels)
+
+
+def _draw(generator, variables, latents, labels, keys, truncation):
+  """Returns uint8 images of latents; see `make_sampler`."""
+
+  def synthesize(generator):
+    w = generator.mapping(latents, labels)
+    if truncation is not None:
+      psi, mean = truncation
+      w = psi * w + (1.0 - psi) * mean
+    return generator.synthesize(w, keys)
+
+  return to_uint8(generator.apply(variables, method=synthesize))
 
 
 def sample_images(sampler, g_params, seed, num_samples):
@@ -113,11 +144,6 @@ def sample_images(sampler, g_params, seed, num_samples):
     batch = np.asarray(sampler(g_params, seed, start))[: num_samples - start]
     yield batch
     start += len(batch)
-
-
-def to_uint8(images):
-  """Clips images in [-1, 1] and rounds them to uint8."""
-  return jnp.rint((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def check_seed(seed):
@@ -145,20 +171,20 @@ def sample(workdir, num_samples, seed, output):
       f"--num_samples={num_samples} must be at least 1"
     )
   check_seed(seed)
-  with processes.together():
-    if processes.is_first() and output.exists():
+  with processes.raise_together():
+    if processes.is_primary() and output.exists():
       if not output.is_dir() or any(output.iterdir()):
         raise config_lib.ConfigError(
           f"--output={output} is there and not empty; choose a new folder"
         )
-  config, mesh, state = checkpoint.load_run(workdir)
-  if processes.is_first():
+  _, nets, mesh, state = checkpoint.load_run(workdir)
+  if processes.is_primary():
     output.mkdir(parents=True, exist_ok=True)
-  sampler = make_sampler(config, mesh)
-  batches = sample_images(sampler, state.g_ema_params, seed, num_samples)
+  sampler = make_sampler(nets, mesh)
+  batches = sample_images(sampler, state.g_ema_variables, seed, num_samples)
   first = []
   # All processes take part in drawing; one writes.
-  if not processes.is_first():
+  if not processes.is_primary():
     for _ in batches:
       pass
     return

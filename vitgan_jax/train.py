@@ -1,18 +1,23 @@
 """The training loop: reads batches, runs steps, and keeps what they made."""
 
 import contextlib
-import os
-import signal
 
 from clu import parameter_overview
 import jax
 import numpy as np
 
-from vitgan_jax import checkpoint, compilation, partitioning, processes
+from vitgan_jax import (
+  checkpoint,
+  compilation,
+  evaluate,
+  partitioning,
+  processes,
+)
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import evaluate, features
+from vitgan_jax.metrics import features
+from vitgan_jax.models import networks
 from vitgan_jax.monitor import (
   MetricWriter,
   Profiler,
@@ -22,8 +27,8 @@ from vitgan_jax.monitor import (
 from vitgan_jax.train_state import init_train_state
 
 
-class TrainingDivergedError(config_lib.ConfigError):
-  """A loss is not a finite number."""
+class TrainingDivergedError(RuntimeError):
+  """A loss is not a finite number; the message is one line."""
 
 
 def train_and_evaluate(config, workdir):
@@ -53,85 +58,115 @@ def train_and_evaluate(config, workdir):
       f"config.batch_size={config.batch_size} must be a multiple of the "
       f"{mesh.size} devices{times if config.accumulation > 1 else ''}"
     )
-  with processes.together():  # each host prepares its own copy
+  with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)
+  labels = _labels(config, images)
   if len(images) < config.batch_size:
     raise config_lib.ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size}: give more images or a smaller batch"
     )
+  nets, implementations = networks.with_kernels(
+    networks.build(config),
+    mesh,
+    config.batch_size // (mesh.size * config.accumulation),
+  )
   _claim_workdir(config, workdir)
   batches = pipeline.ShuffledBatches(
     images,
-    config.batch_size,
+    config_lib.images_per_step(config),
     config.seed,
     jax.process_index(),
     jax.process_count(),
   )
-  is_first_process = processes.is_first()
+  is_primary = processes.is_primary()
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(_StopSignal())
+    stop = stack.enter_context(processes.StopSignal())
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
     if manager.latest_step() is None:
-      state = init_train_state(config, mesh)
+      state = init_train_state(config, nets, mesh)
       first_step = 0
     else:
-      first_step = batches.step(
+      first_step = batches.step_of(
         checkpoint.restore_data_state(manager, manager.latest_step())
       )
-      state = checkpoint.restore(manager, config, mesh)
-    if is_first_process:
+      state = checkpoint.restore(manager, config, nets, mesh)
+    if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
+      print("Computed by", "; ".join(implementations), flush=True)
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
-    samples = SampleWriter(config, workdir, mesh, images, writer)
-    evaluator = _make_evaluator(config, images, mesh)
-    train_steps = make_train_steps(config, mesh)
+    samples = SampleWriter(config, workdir, nets, mesh, images, writer)
+    evaluator = _make_evaluator(config, nets, images, mesh)
+    train_steps = make_train_steps(config, nets, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
 
     def load(step):
-      local = [batches[step + i] for i in range(config.steps_per_call)]
-      return step, partitioning.global_batch(mesh, np.stack(local), axis=1)
+      steps = range(step, step + config.steps_per_call)
+      indices = np.stack([batches.indices(step) for step in steps])
+      indices = indices.reshape(len(steps), config.d_steps, -1)
+      batch = {"images": images[indices], "labels": None}
+      if labels is not None:
+        batch["labels"] = labels[indices]
+      return step, partitioning.global_batch(mesh, batch, axis=2)
 
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
-    for step, real_images in pipeline.prefetch(load, calls):
+    for step, batch in pipeline.prefetch(load, calls):
       profiler.before_call(state)
       with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        state, metrics = train_steps(state, real_images)
+        state, metrics = train_steps(state, batch)
       if pending:
         _finish_call(config, progress, writer, *pending)
       step += config.steps_per_call
       pending = (step, metrics)
       # Asked once: a signal may come at any time.
       stopping = stop.requested(step, config.steps_per_call)
-      if stopping and is_first_process:
+      if stopping and is_primary:
         print("Stopping: saving first", flush=True)
       last = step >= total_steps or stopping
       if last or _passes(config, step, config.sample_every_kimg):
         samples.write(step, state)
       if last or _passes(config, step, config.checkpoint_every_kimg):
         _check_finite(step, metrics)  # a checkpoint must be worth resuming
-        checkpoint.save(manager, state, batches.state(step))
+        checkpoint.save(manager, state, batches.state_at(step))
       if evaluator and _passes(config, step, config.evaluation.every_kimg):
         _check_finite(step, metrics)
         _evaluate(
-          evaluator, config, workdir, state, batches.state(step), writer
+          evaluator, config, workdir, state, batches.state_at(step), writer
         )
       if stopping:
         break
     if pending:
       _finish_call(config, progress, writer, *pending, last=True)
-  if is_first_process:
+  if is_primary:
     if int(state.step) < total_steps:
       print("Stopped. The same command goes on from here.")
     else:
       print(f"Done. The last samples are in {samples.latest}")
   return state
+
+
+def _labels(config, images):
+  """Returns the classes int32 [num_images], or None without classes.
+
+  Raises:
+    ConfigError: if the dataset has other classes than the config.
+  """
+  if not config.data.num_classes:
+    return None
+  labels = images.labels()
+  num_classes = len(images.card["classes"])
+  if config.data.num_classes != num_classes:
+    raise config_lib.ConfigError(
+      f"config.data.num_classes={config.data.num_classes} must be 0 or the "
+      f"{num_classes} classes of {config.data.dataset}"
+    )
+  return labels
 
 
 def _claim_workdir(config, workdir):
@@ -140,23 +175,23 @@ def _claim_workdir(config, workdir):
   Raises:
     ConfigError: in all processes, if it cannot, or if one does not see it.
   """
-  with processes.together():
-    if processes.is_first():
+  with processes.raise_together():
+    if processes.is_primary():
       config_lib.claim_workdir(config, workdir)
-  with processes.together():
+  with processes.raise_together():
     if config_lib.load(workdir) != config:
       raise config_lib.ConfigError(
         f"--workdir={workdir} must be one folder that all processes see"
       )
 
 
-def _make_evaluator(config, images, mesh):
+def _make_evaluator(config, nets, images, mesh):
   if not config.evaluation.every_kimg:
     return None
-  with processes.together():
+  with processes.raise_together():
     network = features.load_network(config.evaluation.features)
   return evaluate.Evaluator(
-    config,
+    nets,
     images,
     mesh,
     network,
@@ -166,18 +201,18 @@ def _make_evaluator(config, images, mesh):
 
 
 def _evaluate(evaluator, config, workdir, state, data_state, writer):
-  fake, _ = evaluator.features_of(state.g_ema_params)
+  fake, _ = evaluator.features_of(state.g_ema_variables)
   record = evaluator.score(config, state, fake)
-  is_best = evaluate.keep(workdir, record, config, state, data_state)
-  if processes.is_first():
+  is_best = evaluate.save_if_best(workdir, record, config, state, data_state)
+  if processes.is_primary():
     evaluate.report(record, is_best)
     writer.write(record["step"], record["scores"])
 
 
 def _passes(config, step, every_kimg):
   """Says whether the call that ended at `step` passed a multiple of kimg."""
-  images = step * config.batch_size
-  before = images - config.steps_per_call * config.batch_size
+  images = step * config_lib.images_per_step(config)
+  before = images - config.steps_per_call * config_lib.images_per_step(config)
   every = every_kimg * 1000
   return images // every > before // every
 
@@ -223,38 +258,3 @@ def _print_overview(config, workdir, state, images, mesh, first_step):
     f"process(es), workdir {workdir}",
     flush=True,
   )
-
-
-class _StopSignal:
-  """Turns the first SIGINT or SIGTERM into a request to save and stop.
-
-  Where processes run together, SIGTERM to any of them is a request to all: JAX
-  catches it, and passes it on.
-  """
-
-  def __init__(self):
-    self._requested = False
-    self._together = jax.distributed.is_initialized()
-
-  def requested(self, step, steps_per_call):
-    """Returns whether to stop; see `processes.stop_requested`."""
-    if self._together:
-      return processes.stop_requested(step, steps_per_call)
-    return self._requested
-
-  def _request(self, signum, unused_frame):
-    self._requested = True
-    signal.signal(signum, self._before[signum])  # the second one is final
-    if self._together:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  def __enter__(self):
-    caught = [signal.SIGINT] + [signal.SIGTERM] * (not self._together)
-    self._before = {
-      signum: signal.signal(signum, self._request) for signum in caught
-    }
-    return self
-
-  def __exit__(self, *unused_exception):
-    for signum, handler in self._before.items():
-      signal.signal(signum, handler)

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.models.discriminator import Discriminator
-from vitgan_jax.models.generator import Generator
+from vitgan_jax.models import networks
+
+# Of what a generator keeps, these follow its average; all else belongs to the
+# parameters of the moment, as the vectors of spectral normalisation do.
+AVERAGED_COLLECTIONS = ("batch_stats", "averages")
 
 
 @flax.struct.dataclass
@@ -21,9 +25,12 @@ class GANState:
     step: training steps done, int32.
     key: the base key; step t uses `fold_in(key, t)`.
     g_params: of the generator as it trains.
-    g_ema_params: their moving average; samples and metrics use these.
+    g_model_state: its other variable collections, {} if it has none.
+    g_ema_params: moving average of g_params; samples and metrics use these.
+    g_ema_model_state: what belongs to them.
     d_params: of the discriminator.
-    d_spectral: its collection `spectral`: u and sigma_init of every layer.
+    d_model_state: its other collections: `spectral`, u and sigma_init of every
+      layer, in ViTGAN's.
     g_opt_state: of the generator's optimiser.
     d_opt_state: of the discriminator's.
     logit_ema: moving averages of the logits on real and fake images (LeCam).
@@ -32,72 +39,110 @@ class GANState:
   step: jax.Array
   key: jax.Array
   g_params: Any
+  g_model_state: Any
   g_ema_params: Any
+  g_ema_model_state: Any
   d_params: Any
-  d_spectral: Any
+  d_model_state: Any
   g_opt_state: Any
   d_opt_state: Any
   logit_ema: Any
 
+  @property
+  def g_variables(self):
+    """Those of the generator as it trains."""
+    return {"params": self.g_params, **self.g_model_state}
 
-def build_models(config, mesh=None):
-  """Returns (generator, discriminator), as the config describes them.
+  @property
+  def g_ema_variables(self):
+    """Those of the averaged generator."""
+    return {"params": self.g_ema_params, **self.g_ema_model_state}
 
-  Args:
-    config: of `configs/`.
-    mesh: the devices that share a batch. If they are TPU cores, attention is
-      that of `fused_attention`, which has no second derivative and shows no
-      attention weights; None is the plain form.
-  """
-  if mesh is not None and mesh.devices.flat[0].platform != "tpu":
-    mesh = None
-  common = dict(
-    image_size=config.data.image_size,
-    remat=config.remat,
-    dtype=jnp.dtype(config.dtype),
-  )
-  return (
-    Generator(**config.generator, **common),
-    Discriminator(**config.discriminator, **common),
-  )
+  @property
+  def d_variables(self):
+    """Those of the discriminator."""
+    return {"params": self.d_params, **self.d_model_state}
+
+  def without_optimizers(self):
+    """Returns what losses need."""
+    return self.replace(g_opt_state=None, d_opt_state=None)
 
 
-def build_optimisers(config):
+def build_optimizers(config):
   """Returns the optax transformations (generator's, discriminator's)."""
-  adam = config.optimizer
-  return tuple(
-    optax.adam(rate, b1=adam.b1, b2=adam.b2, eps=adam.eps)
-    for rate in (adam.g_learning_rate, adam.d_learning_rate)
+  return (
+    _optimizer(config, config.g_optimizer, config_lib.images_per_step(config)),
+    _optimizer(config, config.d_optimizer, config.batch_size),
   )
 
 
-def create_train_state(config):
+def _optimizer(config, fields, images_per_update):
+  rate = _learning_rate(config, fields, images_per_update)
+  adam = dict(b1=fields.b1, b2=fields.b2, eps=fields.eps)
+  if fields.name == "adamw":
+    optimizer = optax.adamw(rate, **adam, weight_decay=fields.weight_decay)
+  else:
+    optimizer = optax.adam(rate, **adam)
+  if fields.clip_norm:
+    optimizer = optax.chain(
+      optax.clip_by_global_norm(fields.clip_norm), optimizer
+    )
+  return optimizer
+
+
+def _learning_rate(config, fields, images_per_update):
+  """Returns a number, or a schedule: updates done to a number."""
+  warmup = int(fields.warmup_kimg * 1000) // images_per_update
+  if fields.decay == "cosine":
+    total = int(config.total_kimg * 1000) // images_per_update
+    return optax.warmup_cosine_decay_schedule(
+      0.0 if warmup else fields.learning_rate,
+      fields.learning_rate,
+      warmup,
+      max(total, warmup + 1),
+    )
+  if warmup:
+    return optax.warmup_constant_schedule(0.0, fields.learning_rate, warmup)
+  return fields.learning_rate
+
+
+def create_train_state(config, nets):
   """Returns the GANState of step 0, a function of `config.seed`."""
-  generator, discriminator = build_models(config)
-  g_optimizer, d_optimizer = build_optimisers(config)
+  g_optimizer, d_optimizer = build_optimizers(config)
   g_key, d_key, base_key = jax.random.split(jax.random.key(config.seed), 3)
-  latents = jnp.zeros((1, config.generator.latent_dim))
   size = config.data.image_size
-  g_params = generator.init(g_key, latents)["params"]
-  d_variables = discriminator.init(d_key, jnp.zeros((1, size, size, 3)))
-  d_params = d_variables["params"]
+  labels = jnp.zeros(1, jnp.int32) if config.data.num_classes else None
+  g_params, g_model_state = _init(
+    nets.generator, g_key, jnp.zeros((1, nets.generator.latent_dim)), labels
+  )
+  d_params, d_model_state = _init(
+    nets.discriminator, d_key, jnp.zeros((1, size, size, 3)), labels
+  )
   return GANState(
     step=jnp.zeros((), jnp.int32),
     key=base_key,
     g_params=g_params,
-    # A copy: donated buffers must not appear twice in one state.
+    g_model_state=g_model_state,
+    # Copies: donated buffers must not appear twice in one state.
     g_ema_params=jax.tree.map(jnp.copy, g_params),
+    g_ema_model_state=jax.tree.map(jnp.copy, g_model_state),
     d_params=d_params,
-    d_spectral=d_variables.get("spectral", {}),
+    d_model_state=d_model_state,
     g_opt_state=g_optimizer.init(g_params),
     d_opt_state=d_optimizer.init(d_params),
     logit_ema={"real": jnp.zeros(()), "fake": jnp.zeros(())},
   )
 
 
-def state_shapes(config, mesh):
+def _init(network, key, inputs, labels):
+  """Returns (params, model_state) of a network."""
+  model_state = dict(networks.plain(network).init(key, inputs, labels))
+  return model_state.pop("params"), model_state
+
+
+def state_shapes(config, nets, mesh):
   """Returns the GANState of `jax.ShapeDtypeStruct`s, with their shardings."""
-  shapes = jax.eval_shape(lambda: create_train_state(config))
+  shapes = jax.eval_shape(lambda: create_train_state(config, nets))
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
@@ -107,20 +152,20 @@ def state_shapes(config, mesh):
   )
 
 
-def state_shardings(config, mesh):
+def state_shardings(config, nets, mesh):
   """Returns the shardings of a GANState; see `partitioning.state_shardings`."""
-  return jax.tree.map(lambda x: x.sharding, state_shapes(config, mesh))
+  return jax.tree.map(lambda x: x.sharding, state_shapes(config, nets, mesh))
 
 
-def init_train_state(config, mesh):
+def init_train_state(config, nets, mesh):
   """Returns the GANState of step 0 on the devices of a mesh."""
   return jax.jit(
-    functools.partial(create_train_state, config),
-    out_shardings=state_shardings(config, mesh),
+    functools.partial(create_train_state, config, nets),
+    out_shardings=state_shardings(config, nets, mesh),
   )()
 
 
-def ema_decay(images_seen, batch_size, half_life_kimg, ramp_up):
+def ema_decay(images_seen, images_per_step, half_life_kimg, ramp_up):
   """Returns the decay of the moving average for one step.
 
   A weight's share halves in `half_life_kimg` thousand images, or, early in a
@@ -128,14 +173,34 @@ def ema_decay(images_seen, batch_size, half_life_kimg, ramp_up):
 
   Args:
     images_seen: before this step.
-    batch_size: images a step.
+    images_per_step: of all the discriminator's steps.
     half_life_kimg: in thousands of images.
     ramp_up: longest half-life as a share of the images seen; 0 is no limit.
   """
   half_life = 1000.0 * half_life_kimg
   if ramp_up:
     half_life = jnp.minimum(half_life, ramp_up * images_seen)
-  return 0.5 ** (batch_size / jnp.maximum(half_life, 1e-8))
+  return 0.5 ** (images_per_step / jnp.maximum(half_life, 1e-8))
+
+
+def update_average(state, config):
+  """Returns the state after the average followed the generator for one step."""
+  images_per_step = config_lib.images_per_step(config)
+  decay = ema_decay(
+    state.step * images_per_step,
+    images_per_step,
+    config.ema.half_life_kimg,
+    config.ema.ramp_up,
+  )
+  return state.replace(
+    g_ema_params=update_ema(state.g_ema_params, state.g_params, decay),
+    g_ema_model_state={
+      name: update_ema(state.g_ema_model_state[name], collection, decay)
+      if name in AVERAGED_COLLECTIONS
+      else collection
+      for name, collection in state.g_model_state.items()
+    },
+  )
 
 
 def update_ema(average, params, decay):

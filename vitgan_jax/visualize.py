@@ -1,4 +1,4 @@
-"""Pictures of a training run: its curves, and the insides of its discriminator.
+"""Pictures of a training run: its curves, and what its discriminator does.
 
   python -m vitgan_jax.visualize --workdir=runs/digits
 
@@ -43,11 +43,11 @@ def draw_curves(workdir):
     ConfigError: if the folder is not a workdir.
   """
   workdir = epath.Path(workdir)
-  batch_size = config_lib.load(workdir).batch_size
+  images_per_step = config_lib.images_per_step(config_lib.load(workdir))
   curves = collections.defaultdict(dict)
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     scalars = json.loads(line)
-    kimg = scalars.pop("step") * batch_size / 1000
+    kimg = scalars.pop("step") * images_per_step / 1000
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
@@ -77,7 +77,7 @@ def attention_picture(images, maps):
 
   Args:
     images: uint8 [R, S, S, 3].
-    maps: [R, blocks, G, G], of `diagnostics.Insides`.
+    maps: [R, blocks, G, G], of `diagnostics.Intermediates`.
 
   Returns:
     uint8 [H, W, 3].
@@ -95,16 +95,35 @@ def attention_picture(images, maps):
   return pictures.image_grid(cells, columns=rows.shape[1])
 
 
+def discriminator_pictures(images, shown):
+  """Draws what a discriminator shows.
+
+  Args:
+    images: uint8 [B, S, S, 3], those that it looked at.
+    shown: `diagnostics.Intermediates` of them.
+
+  Returns:
+    {"attention", "sigma"}, those that there are: uint8 [H, W, 3].
+  """
+  drawn = {}
+  if shown.attention is not None:
+    maps = np.asarray(shown.attention)
+    drawn["attention"] = attention_picture(images[:NUM_ROWS], maps[:NUM_ROWS])
+  if shown.growth:
+    drawn["sigma"] = sigma_picture(shown.growth)
+  return drawn
+
+
 def sigma_picture(growth):
   """Draws how far each kernel of the discriminator has grown.
 
   Args:
-    growth: {kernel: sigma(W) / sigma(W_init)}, of `diagnostics.Insides`.
+    growth: {kernel: sigma(W) / sigma(W_init)}, of `diagnostics.Intermediates`.
 
   Returns:
     uint8 [H, W, 3].
   """
-  names = sorted(growth, key=_as_numbers)
+  names = sorted(growth, key=pictures.natural_key)
   values = [float(growth[name]) for name in names]
   figure = Figure(figsize=(7, 1 + 0.22 * len(names)), dpi=80)
   axis = figure.subplots()
@@ -121,40 +140,28 @@ def sigma_picture(growth):
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _as_numbers(name):
-  """Returns a sorting key that has block10 after block9, between the ends."""
-  ends = {"embedding": 0, "head_in": 2, "head_out": 3}
-  layer, *rest = name.split("/")
-  number = layer.removeprefix("block")
-  return (ends.get(layer, 1), int(number) if rest else 0, rest)
-
-
 def draw_discriminator(workdir):
   """Draws `attention.png` and `sigma.png` of a workdir's last checkpoint.
 
   The images that it looks at are the run's samples: a workdir is enough.
 
   Returns:
-    The paths of the pictures; without spectral normalisation there is no
-    sigma.png.
+    The paths of the pictures, of what the discriminator shows.
 
   Raises:
     ConfigError: if the folder is not a workdir, or has no checkpoint.
   """
   # Late: --help and the curves need not wait for JAX.
-  import jax
-
   from vitgan_jax import checkpoint, sample
   from vitgan_jax.diagnostics import make_diagnostics
 
-  config, mesh, state = checkpoint.load_run(workdir)
-  sampler = sample.make_sampler(config, mesh)
-  samples = np.asarray(sampler(state.g_ema_params, 0, 0))[:NUM_ROWS]
-  latents = jax.numpy.zeros((1, config.generator.latent_dim))
-  _, insides = make_diagnostics(config, mesh)(state, samples, latents)
-  drawn = {"attention": attention_picture(samples, insides.attention)}
-  if insides.growth:
-    drawn["sigma"] = sigma_picture(insides.growth)
+  _, nets, mesh, state = checkpoint.load_run(workdir)
+  sampler = sample.make_sampler(nets, mesh)
+  samples = np.asarray(sampler(state.g_ema_variables, 0, 0))[:NUM_ROWS]
+  latents = np.zeros((NUM_ROWS, nets.generator.latent_dim))
+  labels = sample.labels_of(nets.generator, np.arange(NUM_ROWS))
+  _, shown = make_diagnostics(nets, mesh)(state, samples, latents, labels)
+  drawn = discriminator_pictures(samples, shown)
   paths = []
   for name, picture in drawn.items():
     paths.append(epath.Path(workdir) / f"{name}.png")

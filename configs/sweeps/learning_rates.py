@@ -9,6 +9,6 @@ def sweep(add):
   """Adds a work unit for each rate."""
   for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
     add(
-      {"optimizer.g_learning_rate": rate, "optimizer.d_learning_rate": rate},
+      {"g_optimizer.learning_rate": rate, "d_optimizer.learning_rate": rate},
       name=f"learning_rate={rate:g}",
     )

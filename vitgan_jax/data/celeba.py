@@ -10,9 +10,8 @@ import re
 import numpy as np
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.data import archives
-from vitgan_jax.data.folders import manual_dir
-from vitgan_jax.data.in_place import InPlaceBuilder
+from vitgan_jax.data import archives, source
+from vitgan_jax.data.paths import manual_dir
 
 HOMEPAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 # list_eval_partition.txt: number of the first image of each split.
@@ -42,7 +41,7 @@ def advice(data):
 
 
 def open_zip(data):
-  """Returns a builder of the images of the zip, or folder, of `data`.
+  """Returns the Source of the images of the zip, or folder, of `data`.
 
   Raises:
     ConfigError: if it is not there, or holds other files.
@@ -64,10 +63,5 @@ def open_zip(data):
     split: (archive, np.flatnonzero(which == i))
     for i, split in enumerate(_SPLITS)
   }
-  return InPlaceBuilder(
-    "celeb_a",
-    path,
-    splits,
-    description="CelebA, aligned and cropped to 178 x 218 pixels.",
-    license=f"non-commercial research purposes only, see {HOMEPAGE}",
-  )
+  licence = f"non-commercial research purposes only, see {HOMEPAGE}"
+  return source.of_archives("celeb_a", path, licence, splits)

@@ -9,45 +9,47 @@ import shutil
 import zipfile
 
 import numpy as np
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.data import archives
-from vitgan_jax.data.folders import data_dir, manual_dir, not_downloaded
-from vitgan_jax.data.in_place import InPlaceBuilder
+from vitgan_jax.data import archives, source
+from vitgan_jax.data.paths import data_dir, manual_dir, not_downloaded
+
+_SCENES = (
+  "classroom bedroom bridge church_outdoor conference_room dining_room kitchen "
+  "living_room restaurant tower"
+).split()
+_OBJECTS = (
+  "airplane bicycle bird boat bottle bus car cat chair cow dining_table dog "
+  "horse motorbike person potted_plant sheep sofa train tv-monitor"
+).split()
 
 
 def open_category(data, category):
-  """Returns a builder of one category, from its LMDBs or the zips of them.
+  """Returns the Source of one category, from its LMDBs or the zips of them.
 
   They are at data.path, or where TFDS keeps downloads, or are downloaded.
 
   Raises:
     ConfigError: if there is no such category, or it cannot be had.
   """
-  published = tfds.builder_cls("lsun")
-  if category not in published.builder_configs:
+  if category in _SCENES:
+    names = {
+      "train": f"scenes/{category}_train_lmdb",
+      "validation": f"scenes/{category}_val_lmdb",
+    }
+  elif category in _OBJECTS:
+    names = {"train": f"objects/{category}"}
+  else:
     raise ConfigError(
       f"config.data.dataset={data.dataset!r}: the categories of LSUN are "
-      f"{', '.join(published.builder_configs)}, as lsun/bedroom"
+      f"{', '.join(_SCENES + _OBJECTS)}, as lsun/bedroom"
     )
-  urls = {
-    url.rsplit("/", 1)[1].removesuffix(".zip"): url
-    for url in published.url_infos
-  }
-  if f"{category}_train_lmdb" in urls:  # scenes; objects have one LMDB
-    names = {
-      "train": f"{category}_train_lmdb",
-      "validation": f"{category}_val_lmdb",
-    }
-  else:
-    names = {"train": category}
   if data.path:
     folders = {"train": _folder_of(data, data.path)}
   else:
     folders = {
-      split: _find(data, published, name, urls[name])
+      split: _find(data, name)
       for split, name in names.items()
       if split in data.split  # which may be "train[:50%]"
     }
@@ -60,20 +62,20 @@ def open_category(data, category):
   for split, folder in folders.items():
     archive = archives.open_archive(folder)
     splits[split] = (archive, np.arange(len(archive.names)))
-  return InPlaceBuilder(
-    f"lsun_{category}",
-    folder,
-    splits,
-    description=f"LSUN, images of the category {category}.",
-    license="not stated by its authors, see https://www.yf.io/p/lsun",
-  )
+  licence = "not stated by its authors, see https://www.yf.io/p/lsun"
+  return source.of_archives(f"lsun_{category}", folder, licence, splits)
 
 
-def _find(data, published, name, url):
+def _find(data, published_name):
   """Returns the folder of an LMDB: found, extracted or downloaded."""
+  name = published_name.split("/")[1]
   for path in (manual_dir(data) / name, manual_dir(data) / f"{name}.zip"):
     if path.exists():
       return _folder_of(data, path)
+  import tensorflow_datasets as tfds  # late: it is slow, and few need it
+
+  url = f"http://dl.yf.io/lsun/{published_name}.zip"
+  published = tfds.builder_cls("lsun")
   try:
     manager = tfds.download.DownloadManager(
       download_dir=data_dir(data) / "downloads",

@@ -177,7 +177,7 @@ class ShuffledBatches:
     """Returns this process's uint8 part [B / process_count, S, S, 3]."""
     return self._images[self.indices(step)]
 
-  def state(self, step):
+  def state_at(self, step):
     """Returns the state of the stream before a step, as a dict for JSON."""
     return {
       "next_image": step * self._batch_size,
@@ -186,14 +186,14 @@ class ShuffledBatches:
       "fingerprint": self._images.fingerprint,
     }
 
-  def step(self, state):
-    """Returns the step that a state of `state` stands before.
+  def step_of(self, state):
+    """Returns the step that a state of `state_at` stands before.
 
     Raises:
       ConfigError: if it is the state of a stream of other images.
     """
     step, remainder = divmod(state["next_image"], self._batch_size)
-    expected = self.state(step)
+    expected = self.state_at(step)
     if remainder or state != expected:
       raise ConfigError(
         f"the checkpoint was trained on {state['num_images']:,} images with "

@@ -24,7 +24,8 @@ from vitgan_jax import cli, pictures
 from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, shards, sources
-from vitgan_jax.data.folders import data_dir
+from vitgan_jax.data.paths import data_dir
+from vitgan_jax.data.source import count
 
 # A shard is what a kill may lose. A reader keeps all of them open, and may have
 # 1,024 files open on most systems.
@@ -113,13 +114,13 @@ def _lock(folder):
 
 
 def _prepare(data, path):
-  builder = sources.open_source(data)
-  num_images = builder.info.splits[data.split].num_examples
+  source = sources.open_source(data)
+  num_images = count(source.parts(data.split))
   num_shards = min(_MAX_SHARDS, -(-num_images // _MIN_SHARD_IMAGES))
   card = {
-    "dataset": builder.info.full_name,
-    "source": str(data.path or builder.data_path),
-    "licence": _licence(builder),
+    "dataset": source.name,
+    "source": str(data.path or source.path),
+    "licence": source.licence,
     "split": data.split,
     "image_size": data.image_size,
     "crop": list(data.crop) or "largest centred square",
@@ -129,15 +130,15 @@ def _prepare(data, path):
   plan = {**card, "num_images": num_images, "num_shards": num_shards}
   _resume_or_start(partial, plan)
   try:
-    records = shards.ShardMaker(builder, data, partial, num_shards).run()
+    records = shards.ShardMaker(source, data, partial, num_shards).run()
   except shards.TooManyCorruptError:
     shutil.rmtree(partial)  # the source must change before it is tried again
     raise
   card["num_images"] = sum(record["num_images"] for record in records)
   card["skipped"] = [x for record in records for x in record.pop("skipped")]
   labels = [x for record in records for x in record.pop("labels")]
-  if labels:
-    card["classes"] = builder.info.features["label"].names
+  if source.classes:
+    card["classes"] = source.classes
     np.save(partial / "labels.npy", np.array(labels, np.int32))
   card["shards"] = records
   _write_contact_sheet(partial, card)
@@ -146,11 +147,6 @@ def _prepare(data, path):
   for file in [path / "plan.json", *path.glob("images-*.json")]:
     file.unlink()
   print(f"Prepared {card['num_images']:,} images in {path}", flush=True)
-
-
-def _licence(builder):
-  stated = builder.info.redistribution_info.license
-  return stated or f"not stated by TFDS, see {builder.info.homepage}"
 
 
 def _resume_or_start(partial, plan):

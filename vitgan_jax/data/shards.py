@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.data import decode, sources
+from vitgan_jax.data import decode
+from vitgan_jax.data.source import count
 
 MAX_CORRUPT_SHARE = 0.01  # of the images; more of them is an error
 
@@ -23,25 +24,21 @@ class TooManyCorruptError(ConfigError):
 class ShardMaker:
   """Makes the missing shards of a folder, on all cores."""
 
-  def __init__(self, builder, data, folder, num_shards):
+  def __init__(self, source, data, folder, num_shards):
     """Plans them.
 
     Args:
-      builder: of `sources.open_source`.
+      source: of `sources.open_source`.
       data: the config's `data`.
       folder: of the shards; those that it has are kept.
       num_shards: how many.
     """
-    import tensorflow_datasets as tfds  # late: it takes seconds
-
-    self._builder = builder
+    self._source = source
     self._data = data
     self._folder = folder
-    self._num_images = builder.info.splits[data.split].num_examples
-    self._splits = tfds.even_splits(data.split, num_shards)
-    self._image_key = sources.image_key(builder)
-    label = dict(builder.info.features).get("label")
-    self._has_labels = isinstance(label, tfds.features.ClassLabel)
+    self._parts = source.parts(data.split)
+    self._num_images = count(self._parts)
+    self._num_shards = num_shards
     self._num_skipped = 0
     self._stop = threading.Event()
     self._count_lock = threading.Lock()
@@ -53,7 +50,7 @@ class ShardMaker:
       ConfigError: if there is not enough room.
       TooManyCorruptError: says which images.
     """
-    records = [self._read_record(k) for k in range(len(self._splits))]
+    records = [self._read_record(k) for k in range(self._num_shards)]
     done = sum(
       r["num_images"] + len(r["skipped"]) for r in records if r is not None
     )
@@ -82,9 +79,9 @@ class ShardMaker:
     done = sum(r["num_images"] + len(r["skipped"]) for r in records)
     if done != self._num_images:
       raise ConfigError(
-        f"{self._builder.info.full_name} has {done:,} images of the "
+        f"{self._source.name} has {done:,} images of the "
         f"{self._num_images:,} that it should have: delete "
-        f"{self._builder.data_path} and try again"
+        f"{self._source.path} and try again"
       )
     return records
 
@@ -115,22 +112,21 @@ class ShardMaker:
     count, labels, skipped = 0, [], []
     with open(temporary, "wb") as file:
       write_header(file, (0, size, size, 3))
-      for example in self._read(k):
+      for name, encoded, label in self._read(k):
         if self._stop.is_set():
           return None
         try:
           image = decode.crop_and_resize(
-            decode.decode(example[self._image_key]), size, self._data.crop
+            decode.decode(encoded), size, self._data.crop
           )
         except Exception as error:  # Pillow raises many kinds for a damaged one
-          name = example["tfds_id"].decode(errors="replace")
           skipped.append(f"{name}: {' '.join(str(error).split())}")
           self._count_skipped(skipped[-1:])
         else:
           file.write(image.tobytes())
           count += 1
-          if self._has_labels:
-            labels.append(int(example["label"]))
+          if label is not None:
+            labels.append(label)
         with self._count_lock:
           self._progress.update()
       file.seek(0)
@@ -149,22 +145,11 @@ class ShardMaker:
     return record
 
   def _read(self, k):
-    """Yields the examples of shard k as TFDS has them, images encoded."""
-    import tensorflow_datasets as tfds
-
-    keys = [self._image_key, *(["label"] if self._has_labels else [])]
-    dataset = self._builder.as_dataset(
-      split=self._splits[k],
-      decoders=tfds.decode.PartialDecoding(
-        dict.fromkeys(keys, True),
-        decoders={self._image_key: tfds.decode.SkipDecoding()},
-      ),
-      # Several files at a time would be read in an order of their own.
-      read_config=tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=True),
-    )
-    for batch in tfds.as_numpy(dataset.batch(64)):
-      for i in range(len(batch["tfds_id"])):
-        yield {key: values[i] for key, values in batch.items()}
+    """Yields the name, the bytes and the class of each image of shard k."""
+    for split, start, stop in self._parts:
+      share, more = divmod(stop - start, self._num_shards)
+      first = start + k * share + min(k, more)  # the first shards have one more
+      yield from self._source.read(split, first, first + share + (k < more))
 
   def _count_skipped(self, skipped):
     """Names corrupt images; raises if they are too many."""

@@ -1,8 +1,8 @@
-"""From a config's `data` to a TFDS builder whose files are on disk.
+"""From a config's `data` to a Source whose files are on disk.
 
 The datasets of TFDS come from TFDS. LSUN and a lone zip of CelebA, which its
 builders cannot read here, FFHQ, which it does not have, and the user's own
-images are read in place.
+images are read where they lie, without TensorFlow.
 """
 
 import difflib
@@ -10,8 +10,8 @@ import difflib
 import numpy as np
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.data import archives
-from vitgan_jax.data.folders import data_dir, manual_dir, not_downloaded
+from vitgan_jax.data import archives, celeba, digits, lsun, source
+from vitgan_jax.data.paths import data_dir, manual_dir, not_downloaded
 
 
 def open_source(data):
@@ -21,32 +21,22 @@ def open_source(data):
     data: the config's `data`: dataset, path, split, data_dir.
 
   Returns:
-    A tfds.core.DatasetBuilder that is ready to be read, with at least one image
-    in the split.
+    A Source that is ready to be read.
 
   Raises:
-    ConfigError: if there is no such dataset or split, or it cannot be had.
+    ConfigError: if there is no such dataset, or it cannot be had.
   """
   name, _, variant = data.dataset.partition("/")
   if name in _IN_PLACE:
-    builder = _IN_PLACE[name](data, variant)
-  elif data.path:
+    return _IN_PLACE[name](data, variant)
+  if data.path:
     raise ConfigError(
       f"config.data.path={data.path!r} is for the datasets "
       f"{', '.join(_IN_PLACE)}; config.data.dataset is {data.dataset!r}"
     )
-  else:
-    builder = _tfds_builder(data)
-  try:
-    num_images = builder.info.splits[data.split].num_examples
-  except (KeyError, ValueError):
-    num_images = 0
-  if not num_images:
-    raise ConfigError(
-      f"config.data.split={data.split!r} has no images in {data.dataset}; "
-      f"it has {', '.join(builder.info.splits)} and parts like 'train[:90%]'"
-    )
-  return builder
+  if name == "sklearn_digits":
+    return digits.open_digits()
+  return _of_tfds(data)
 
 
 def _folder(data, unused_variant):
@@ -55,13 +45,7 @@ def _folder(data, unused_variant):
       "config.data.path is empty: give the folder or zip of your images, as "
       "--config.data.path=DIR_OR_ZIP"
     )
-  return _in_place(
-    "folder",
-    data.path,
-    with_labels=True,
-    description=f"Images of {data.path}.",
-    license="that of your images",
-  )
+  return _in_place("folder", data.path, "that of your images", with_labels=True)
 
 
 def _ffhq(data, unused_variant):
@@ -74,55 +58,42 @@ def _ffhq(data, unused_variant):
   return _in_place(
     "ffhq",
     data.path,
-    description="Flickr-Faces-HQ: 70,000 aligned faces.",
-    license="CC BY-NC-SA 4.0, and of each image its own, see "
+    "CC BY-NC-SA 4.0, and of each image its own, see "
     "https://github.com/NVlabs/ffhq-dataset",
   )
 
 
-def _in_place(name, path, with_labels=False, **info):
-  """Returns a builder with all images of one archive as `train`."""
-  from vitgan_jax.data.in_place import InPlaceBuilder  # late: imports TFDS
-
+def _in_place(name, path, licence, with_labels=False):
+  """Returns a Source with all images of one archive as `train`."""
   archive = archives.open_archive(path)
-  labels = archives.class_labels(archive.names) if with_labels else (None, None)
+  labels = archives.class_labels(archive.names) if with_labels else ()
   splits = {"train": (archive, np.arange(len(archive.names)))}
-  return InPlaceBuilder(name, path, splits, labels, **info)
+  return source.of_archives(name, path, licence, splits, *labels)
 
 
 def _celeba(data, unused_variant):
   """Returns CelebA of a lone zip if there is one, else of TFDS."""
-  from vitgan_jax.data import celeba
-
   if data.path or celeba.zip_path(data).exists():
     return celeba.open_zip(data)
-  return _tfds_builder(data, celeba.advice(data))
+  return _of_tfds(data, celeba.advice(data))
 
 
-def _lsun(data, category):
-  from vitgan_jax.data import lsun
-
-  return lsun.open_category(data, category)
-
-
-def _tfds_builder(data, advice=None):
-  """Returns the builder of a TFDS dataset, downloaded and prepared."""
-  import tensorflow_datasets as tfds
-
-  from vitgan_jax.data import digits  # noqa: F401, registers its builder
+def _of_tfds(data, advice=None):
+  """Returns the Source of a TFDS dataset, downloaded and prepared."""
+  import tensorflow_datasets as tfds  # late: it takes seconds
 
   where = data_dir(data)
   try:
     builder = tfds.builder(data.dataset, data_dir=str(where))
   except Exception as error:  # TFDS raises many kinds, for a name and a config
-    names = [*_IN_PLACE, *tfds.list_builders()]
+    names = [*_IN_PLACE, "sklearn_digits", *tfds.list_builders()]
     similar = difflib.get_close_matches(data.dataset, names, 3)
     hint = f" Similar names: {', '.join(similar)}." if similar else ""
     raise ConfigError(
       f"config.data.dataset={data.dataset!r} is not a TFDS dataset."
       f"{hint} All names: https://www.tensorflow.org/datasets/catalog"
     ) from error
-  image_key(builder)
+  key = image_key(builder)
   try:
     builder.download_and_prepare()
   except Exception as error:  # network, quota, checksum, disk, manual files
@@ -133,7 +104,38 @@ def _tfds_builder(data, advice=None):
       or "Set config.data.data_dir to the folder that has it, or put the files "
       f"that TFDS asks for into {manual_dir(data)}",
     ) from error
-  return builder
+  info = builder.info
+  keys, classes = [key], None
+  label = dict(info.features).get("label")
+  if isinstance(label, tfds.features.ClassLabel):
+    keys.append("label")
+    classes = label.names
+
+  def read(split, start, stop):
+    dataset = builder.as_dataset(
+      split=tfds.core.ReadInstruction(split, start, stop, unit="abs"),
+      decoders=tfds.decode.PartialDecoding(
+        dict.fromkeys(keys, True),
+        decoders={key: tfds.decode.SkipDecoding()},
+      ),
+      # Several files at a time would be read in an order of their own.
+      read_config=tfds.ReadConfig(interleave_cycle_length=1, add_tfds_id=True),
+    )
+    # Each call of Python costs more than to read an image.
+    for batch in tfds.as_numpy(dataset.batch(64)):
+      for i, name in enumerate(batch["tfds_id"]):
+        label = int(batch["label"][i]) if classes else None
+        yield name.decode(errors="replace"), batch[key][i], label
+
+  return source.Source(
+    info.full_name,
+    builder.data_path,
+    info.redistribution_info.license
+    or f"not stated by TFDS, see {info.homepage}",
+    {split: info.splits[split].num_examples for split in info.splits},
+    read,
+    classes,
+  )
 
 
 def image_key(builder):
@@ -160,5 +162,5 @@ _IN_PLACE = {
   "folder": _folder,
   "ffhq": _ffhq,
   "celeb_a": _celeba,
-  "lsun": _lsun,
+  "lsun": lsun.open_category,
 }

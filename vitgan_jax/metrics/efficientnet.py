@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.metrics import weights
+from vitgan_jax.metrics import feature_network, torch_files
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 IMAGE_SIZE = 224
@@ -40,12 +40,12 @@ def load(path=""):
       raise ConfigError(f"the weights of EfficientNet are missing. {remedy}")
     folder = pathlib.Path(package.origin).parent / "models"
     path = folder / "efficientnet-lite0-57934424.pth"
-  weights.verify(path, SHA256, remedy)
-  return weights.FeatureNetwork(
+  feature_network.verify(path, SHA256, remedy)
+  return feature_network.FeatureNetwork(
     name="efficientnet-lite0",
     sha256=SHA256,
     num_features=1280,
-    params=from_state_dict(weights.read_state_dict(path)),
+    params=from_state_dict(torch_files.read_state_dict(path)),
     apply=apply,
   )
 
@@ -56,7 +56,7 @@ def from_state_dict(state_dict):
   def block(i):
     names = [("expand", 0), ("depthwise", 1), ("project", 2)]
     return {
-      name: weights.convolution(
+      name: feature_network.convolution(
         state_dict, f"_blocks.{i}._{name}_conv", f"_blocks.{i}._bn{norm}"
       )
       for name, norm in names
@@ -64,9 +64,9 @@ def from_state_dict(state_dict):
     }
 
   return dict(
-    stem=weights.convolution(state_dict, "_conv_stem", "_bn0"),
+    stem=feature_network.convolution(state_dict, "_conv_stem", "_bn0"),
     blocks=[block(i) for i in range(len(_STRIDES))],
-    head=weights.convolution(state_dict, "_conv_head", "_bn1"),
+    head=feature_network.convolution(state_dict, "_conv_head", "_bn1"),
     classifier=dict(
       kernel=np.ascontiguousarray(state_dict["_fc.weight"].T),
       bias=state_dict["_fc.bias"],
@@ -82,16 +82,16 @@ def apply(params, images):
     images: uint8 [B, H, W, 3].
   """
   x = (resize(images) - 127.0) / 128.0
-  x = _relu6(weights.convolve(params["stem"], x, 2))
+  x = _relu6(feature_network.convolve(params["stem"], x, 2))
   for block, stride in zip(params["blocks"], _STRIDES):
     x = _inverted_residual(block, x, stride)
-  x = _relu6(weights.convolve(params["head"], x))
+  x = _relu6(feature_network.convolve(params["head"], x))
   features = x.mean(axis=(1, 2))
   classifier = params["classifier"]
   logits = jnp.matmul(
     features, classifier["kernel"], precision=lax.Precision.HIGHEST
   )
-  return weights.Features(features, logits + classifier["bias"])
+  return feature_network.Features(features, logits + classifier["bias"])
 
 
 def resize(images):
@@ -129,7 +129,7 @@ def _depthwise(layer, x, stride):
 def _inverted_residual(params, x, stride):
   y = x
   if "expand" in params:
-    y = _relu6(weights.convolve(params["expand"], y))
+    y = _relu6(feature_network.convolve(params["expand"], y))
   y = _relu6(_depthwise(params["depthwise"], y, stride))
-  y = weights.convolve(params["project"], y)
+  y = feature_network.convolve(params["project"], y)
   return x + y if x.shape == y.shape else y

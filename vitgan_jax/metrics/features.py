@@ -10,7 +10,7 @@ from vitgan_jax import partitioning
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import pipeline
 from vitgan_jax.metrics import efficientnet, inception
-from vitgan_jax.metrics.weights import Features
+from vitgan_jax.metrics.feature_network import Features
 
 NETWORKS = ("inception", "efficientnet")
 BATCH_SIZE = 64  # per device

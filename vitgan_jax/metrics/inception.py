@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.config import ConfigError
-from vitgan_jax.metrics import weights
+from vitgan_jax.metrics import feature_network, torch_files
 
 URL = (
   "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -45,12 +45,12 @@ def load(path=""):
     path = pathlib.Path("~/.cache/vitgan_jax").expanduser() / URL.split("/")[-1]
     if not path.exists():
       _download(path, remedy)
-  weights.verify(path, SHA256, remedy)
-  return weights.FeatureNetwork(
+  feature_network.verify(path, SHA256, remedy)
+  return feature_network.FeatureNetwork(
     name="inception-2015-12-05",
     sha256=SHA256,
     num_features=2048,
-    params=from_state_dict(weights.read_state_dict(path)),
+    params=from_state_dict(torch_files.read_state_dict(path)),
     apply=apply,
   )
 
@@ -68,7 +68,7 @@ def _download(path, remedy):
         open(partial, "wb") as file,
       ):
         shutil.copyfileobj(response, file)
-      weights.verify(partial, SHA256, remedy)
+      feature_network.verify(partial, SHA256, remedy)
       partial.replace(path)
     finally:
       partial.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def from_state_dict(state_dict):
     if name.endswith(".conv.weight")
   ]
   layers = {
-    name: weights.convolution(state_dict, f"{name}.conv", f"{name}.bn")
+    name: feature_network.convolution(state_dict, f"{name}.conv", f"{name}.bn")
     for name in names
   }
   layers["fc"] = np.ascontiguousarray(state_dict["fc.weight"].T)
@@ -102,7 +102,7 @@ def apply(params, images):
   """
   features = activations(params, images)["Mixed_7c"].mean(axis=(1, 2))
   logits = jnp.matmul(features, params["fc"], precision=lax.Precision.HIGHEST)
-  return weights.Features(features, logits)
+  return feature_network.Features(features, logits)
 
 
 def activations(params, images):
@@ -142,7 +142,7 @@ def resize(images):
 
 
 def _conv(layer, x, stride=1, padding="SAME"):
-  return jax.nn.relu(weights.convolve(layer, x, stride, padding))
+  return jax.nn.relu(feature_network.convolve(layer, x, stride, padding))
 
 
 def _conv_unpadded(layer, x):
@@ -166,7 +166,7 @@ def _pointwise(params, x, *names):
   layers = [params[name] for name in names]
   together = jax.tree.map(lambda *xs: jnp.concatenate(xs, -1), *layers)
   ends = np.cumsum([layer["bias"].size for layer in layers])
-  outputs = jnp.split(weights.convolve(together, x), ends[:-1], -1)
+  outputs = jnp.split(feature_network.convolve(together, x), ends[:-1], -1)
   return [
     jax.nn.relu(_average_pool(y) if name == "branch_pool" else y)
     for name, y in zip(names, outputs)

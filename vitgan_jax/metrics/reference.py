@@ -44,12 +44,12 @@ def load(extractor, images, count):
   )
   path = images.path.parent / "references" / name
   # The first process decides for all, which may have other disks.
-  known = processes.as_first(path.exists())
-  is_first = processes.is_first()
+  known = processes.broadcast_from_first(path.exists())
+  is_primary = processes.is_primary()
   if known:
-    return _read(path) if is_first else None
+    return _read(path) if is_primary else None
   result = compute(extractor, images, count)
-  if is_first:
+  if is_primary:
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
@@ -60,7 +60,7 @@ def load(extractor, images, count):
         indices=result.indices,
       )
     partial.rename(path)
-  return result if is_first else None
+  return result if is_primary else None
 
 
 def compute(extractor, images, count):
@@ -73,7 +73,7 @@ def compute(extractor, images, count):
       total=len(images),
       desc="Features of the real images",
       unit=" images",
-      disable=not processes.is_first(),
+      disable=not processes.is_primary(),
     ) as progress:
       for batch in features_lib.of_images(extractor, images, len(images)):
         if num_kept < count:

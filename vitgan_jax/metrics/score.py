@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vitgan_jax import cli, partitioning
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, pipeline
-from vitgan_jax.metrics import features, reference, scores
+from vitgan_jax.metrics import compute, features, reference
 
 
 def load_images(path):
@@ -91,7 +91,7 @@ def _load_npz(path):
 
 
 def score(real_images, fake_images, network):
-  """Returns all metrics of images, a dict; see `scores.compute`.
+  """Returns all metrics of images, a dict; see `compute.scores`.
 
   Args:
     real_images: uint8 [N, H, W, 3].
@@ -110,7 +110,7 @@ def score(real_images, fake_images, network):
     unit=" batches",
   )
   fake = features.concatenate(progress)
-  return scores.compute(network.name, real, fake, long=True)
+  return compute.scores(network.name, real, fake, long=True)
 
 
 def main(arguments):
@@ -135,7 +135,7 @@ def main(arguments):
     f"{len(fake):,} images of {arguments[1]} against the {len(real):,} of "
     f"{arguments[0]}; features of {network.name}"
   )
-  print(scores.table(results, note))
+  print(compute.table(results, note))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitgan_jax.config import check_fields
 from vitgan_jax.kernels import UnsupportedError, attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, LayerNorm, SineEmbedding
 from vitgan_jax.models.patches import overlapping_patches
-from vitgan_jax.models.transformer import TransformerBlock
+from vitgan_jax.models.transformer import TransformerBlock, check_transformer
 
 
 def embed(patches, embedding, positions, class_tokens):
@@ -42,8 +43,13 @@ def embed(patches, embedding, positions, class_tokens):
 class Discriminator(nn.Module):
   """ViT discriminator (ViTGAN, section 3.2), images to logits.
 
+  It draws nothing at random: `keys` and `train` are those of all
+  discriminators, see `networks`. A class adds the projection of its embedding
+  on the class token to the logit (Miyato and Koyama 2018).
+
   Attributes:
     image_size: S, pixels along a side.
+    num_classes: 0 is none.
     patch_size: P; divides S.
     overlap: pixels that a patch shares with each neighbour; P / 2 in the paper.
     width: D, of the tokens.
@@ -64,6 +70,7 @@ class Discriminator(nn.Module):
   """
 
   image_size: int
+  num_classes: int
   patch_size: int
   overlap: int
   width: int
@@ -79,8 +86,20 @@ class Discriminator(nn.Module):
   implementation: str = "xla"
   dtype: Any = jnp.float32
 
+  @staticmethod
+  def check(fields, image_size, where):
+    """Raises a ConfigError if these fields make no discriminator."""
+    check_transformer(fields, image_size, where)
+    check_fields(
+      fields,
+      where,
+      choices={"spectral_norm": ("isn", "sn", "none")},
+      positive=("qk_gain",),
+      not_negative=("overlap",),
+    )
+
   @nn.compact
-  def __call__(self, images):
+  def __call__(self, images, labels=None, keys=None, train=False):
     """Maps images [B, S, S, 3] to logits [B]; no activation is applied."""
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
     patches = overlapping_patches(
@@ -124,8 +143,14 @@ class Discriminator(nn.Module):
       )(h)
     _, class_token = attention.unpack(h, num_patches, group)
     norm = LayerNorm(name="norm_out").weights(self.width)
-    y = norm(class_token[:, 0])
-    y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(y))
+    class_token = norm(class_token[:, 0])
+    y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(class_token))
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32
-    return Dense(1, name="head_out", **common)(y)[:, 0]
+    logits = Dense(1, name="head_out", **common)(y)[:, 0]
+    if self.num_classes:
+      embedding = Dense(
+        self.width, use_bias=False, name="class_embedding", **common
+      )(jax.nn.one_hot(labels, self.num_classes))
+      logits += jnp.mean(embedding * class_token, axis=-1)
+    return logits

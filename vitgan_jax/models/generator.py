@@ -4,9 +4,11 @@ import functools
 from typing import Any
 
 from flax import linen as nn
+import jax
 from jax import lax
 import jax.numpy as jnp
 
+from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import (
@@ -23,7 +25,12 @@ from vitgan_jax.models.patch_decoder import (
   ImplicitDecoder,
   LinearDecoder,
 )
-from vitgan_jax.models.transformer import TransformerBlock
+from vitgan_jax.models.transformer import TransformerBlock, check_transformer
+
+
+def normalise_second_moment(x):
+  """Scales each row of x [B, W] to a mean square of 1."""
+  return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-8)
 
 
 class MappingNetwork(nn.Module):
@@ -31,21 +38,30 @@ class MappingNetwork(nn.Module):
 
   Every layer ends in a leaky ReLU with gain sqrt(2). Without the gain w shrinks
   from layer to layer, the images hardly depend on z, and training ends at one
-  image for all latents.
+  image for all latents. A class is embedded, normalised, and stands beside z
+  (Karras et al. 2020, ADA code).
+
+  Attributes:
+    depth: number of layers.
+    lr_multiplier: their relative learning rate.
+    num_classes: 0 is none.
   """
 
   depth: int
   lr_multiplier: float
+  num_classes: int = 0
 
   @nn.compact
-  def __call__(self, latents):
-    """Maps z [B, latent_dim] to w [B, latent_dim], float32."""
-    mean_square = jnp.mean(jnp.square(latents), axis=-1, keepdims=True)
-    w = latents * lax.rsqrt(mean_square + 1e-8)
+  def __call__(self, latents, labels=None):
+    """Maps z [B, latent_dim] and labels [B] to w [B, latent_dim], float32."""
+    width = latents.shape[-1]
+    w = normalise_second_moment(latents)
+    if self.num_classes:
+      one_hot = jax.nn.one_hot(labels, self.num_classes)
+      embedding = Dense(width, name="class_embedding")(one_hot)
+      w = jnp.concatenate([w, normalise_second_moment(embedding)], axis=-1)
     for i in range(self.depth):
-      layer = Dense(
-        w.shape[-1], lr_multiplier=self.lr_multiplier, name=f"dense{i}"
-      )
+      layer = Dense(width, lr_multiplier=self.lr_multiplier, name=f"dense{i}")
       w = leaky_relu(layer(w))
     return w
 
@@ -53,8 +69,12 @@ class MappingNetwork(nn.Module):
 class Generator(nn.Module):
   """ViT generator (ViTGAN, section 3.3), latents to images.
 
+  It draws nothing at random: `keys` and `train` are those of all generators,
+  see `networks`.
+
   Attributes:
     image_size: S, pixels along a side.
+    num_classes: 0 is none.
     patch_size: P; divides S. The generator has (S / P)**2 tokens.
     width: D, of the tokens.
     depth: number of transformer blocks.
@@ -79,6 +99,7 @@ class Generator(nn.Module):
   """
 
   image_size: int
+  num_classes: int
   patch_size: int
   width: int
   depth: int
@@ -98,32 +119,39 @@ class Generator(nn.Module):
   implementation: str = "xla"
   dtype: Any = jnp.float32
 
+  @staticmethod
+  def check(fields, image_size, where):
+    """Raises a ConfigError if these fields make no generator."""
+    check_transformer(fields, image_size, where)
+    check_fields(
+      fields,
+      where,
+      choices={
+        "latent_injection": ("sln", "add", "token"),
+        "patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
+      },
+      positive=("latent_dim", "mapping_lr_multiplier", "decoder_dim"),
+      not_negative=("mapping_depth",),
+    )
+    is_power_of_two = fields.patch_size & (fields.patch_size - 1) == 0
+    if fields.patch_decoder == "conv" and not is_power_of_two:
+      raise ConfigError(
+        f"{where}patch_size={fields.patch_size} must be a power of two for "
+        "patch_decoder='conv', which doubles the resolution"
+      )
+
   def setup(self):
     """Makes what is used by itself; `synthesize` makes the rest."""
     self.mapping = MappingNetwork(
-      self.mapping_depth, self.mapping_lr_multiplier
+      self.mapping_depth, self.mapping_lr_multiplier, self.num_classes
     )
 
-  def __call__(self, latents):
+  def __call__(self, latents, labels=None, keys=None, train=False):
     """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents))
-
-  def truncated(self, latents, psi, mean_w):
-    """Maps latents to images nearer to their mean (Karras et al. 2019, B).
-
-    Args:
-      latents: [B, latent_dim].
-      psi: 1 leaves w as it is, to the last bit; 0 takes its mean for all.
-      mean_w: [latent_dim], the mean of w over latents.
-
-    Returns:
-      [B, S, S, 3], as `synthesize` does.
-    """
-    w = self.mapping(latents)
-    return self.synthesize(psi * w + (1.0 - psi) * mean_w)
+    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   @nn.compact
-  def synthesize(self, w):
+  def synthesize(self, w, keys=None, train=False):
     """Maps w [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
 
     The output is not squashed; it is clipped where an image is written.

@@ -8,10 +8,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.kernels import attention as attention_kernel
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, TokenConv, normalise
+
+
+def check_transformer(fields, image_size, where):
+  """Checks what both networks' parts of a config have in common.
+
+  Args:
+    fields: of a network.
+    image_size: pixels along a side.
+    where: comes before a field's name in messages.
+
+  Raises:
+    ConfigError: says which field is wrong, and what is allowed.
+  """
+  check_fields(
+    fields,
+    where,
+    choices={"attention": ("dot", "l2")},
+    positive=("patch_size", "width", "depth", "num_heads", "mlp_dim"),
+  )
+  if image_size % fields.patch_size:
+    raise ConfigError(
+      f"{where}patch_size={fields.patch_size} must divide "
+      f"config.data.image_size={image_size}"
+    )
+  if fields.width % fields.num_heads:
+    raise ConfigError(
+      f"{where}num_heads={fields.num_heads} must divide "
+      f"{where}width={fields.width}"
+    )
 
 
 def project(h, norm, layers):

@@ -1,6 +1,6 @@
 """Judges a run on the digits with a classifier of the real ones.
 
-  python -m vitgan_jax.metrics.digits --workdir=runs/digits
+  python -m vitgan_jax.judge_digits --workdir=runs/digits
 
 Logistic regression (scikit-learn) is fitted on the images that the generator
 was trained on, and tried on those that were held out. It then reads 1,000
@@ -72,7 +72,7 @@ def evaluate(workdir):
     raise config_lib.ConfigError(
       f"{workdir} was trained on {config.data.dataset}, not on the digits"
     )
-  _, mesh, state = checkpoint.load_run(workdir)
+  _, nets, mesh, state = checkpoint.load_run(workdir)
 
   def labelled(split):
     data = ml_collections.ConfigDict({**config.data, "split": split})
@@ -81,15 +81,17 @@ def evaluate(workdir):
 
   classifier = fit_classifier(*labelled("train"))
   real_images, real_labels = labelled("test")
-  sampler = sample.make_sampler(config, mesh)
-  batches = sample.sample_images(sampler, state.g_ema_params, SEED, NUM_SAMPLES)
+  sampler = sample.make_sampler(nets, mesh)
+  batches = sample.sample_images(
+    sampler, state.g_ema_variables, SEED, NUM_SAMPLES
+  )
   counts, per_class, confidence = judge(
     classifier, np.concatenate(list(batches))
   )
   _, _, real_confidence = judge(classifier, real_images)
   return {
     "step": int(state.step),
-    "kimg": int(state.step) * config.batch_size / 1000,
+    "kimg": int(state.step) * config_lib.images_per_step(config) / 1000,
     "num_samples": NUM_SAMPLES,
     "seed": SEED,
     "class_share": (counts / NUM_SAMPLES).tolist(),

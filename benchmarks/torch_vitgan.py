@@ -18,6 +18,20 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.models.layers import LAYER_NORM_EPSILON, cell_centres
 
 _SWITCHES = {
+  "generator.kind": "vitgan",
+  "discriminator.kind": "vitgan",
+  "data.num_classes": 0,
+  "d_steps": 1,
+  **{
+    f"{network}_optimizer.{field}": value
+    for network in "gd"
+    for field, value in (
+      ("name", "adam"),
+      ("warmup_kimg", 0.0),
+      ("decay", "constant"),
+      ("clip_norm", 0.0),
+    )
+  },
   "accumulation": 1,
   "remat": False,
   "generator.latent_injection": "sln",

@@ -17,7 +17,9 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
-from vitgan_jax.metrics import features, neighbours, reference, scores
+from vitgan_jax.events import EventWriter
+from vitgan_jax.metrics import compute, features, neighbours, reference
+from vitgan_jax.models import networks
 
 _POLL_SECONDS = 10.0
 _NUM_ROWS = 12  # samples on the picture of their nearest real images
@@ -27,11 +29,11 @@ _NUM_NEIGHBOURS = 7  # real images beside each
 class Evaluator:
   """Scores generators of one config, by one protocol."""
 
-  def __init__(self, config, images, mesh, network, num_samples, seed):
+  def __init__(self, nets, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
     Args:
-      config: of the run.
+      nets: Networks of the run.
       images: PreparedImages, those of its dataset.
       mesh: the devices.
       network: FeatureNetwork.
@@ -42,7 +44,7 @@ class Evaluator:
     self._num_samples = num_samples
     self._seed = seed
     self._extractor = features.Extractor(network, mesh)
-    self._sampler = sample.make_sampler(config, mesh)
+    self._sampler = sample.make_sampler(nets, mesh)
     # KID takes 1,000 of either, however few are generated.
     num_kept = max(num_samples, 1000)
     self.reference = reference.load(self._extractor, self.images, num_kept)
@@ -59,19 +61,19 @@ class Evaluator:
       "crop": str(card["crop"]),
     }
 
-  def features_of(self, g_params):
+  def features_of(self, variables):
     """Returns `Features` of a generator's samples, and the first of them."""
     batches, first = [], None
     with tqdm(
       total=self._num_samples,
       desc="Features of samples",
       unit=" images",
-      disable=not processes.is_first(),
+      disable=not processes.is_primary(),
       leave=False,
     ) as progress:
       start = 0  # not progress.n: a bar that is not shown does not count
       while start < self._num_samples:
-        images = self._sampler(g_params, self._seed, start)
+        images = self._sampler(variables, self._seed, start)
         if first is None:
           first = np.asarray(images[:_NUM_ROWS])
         batch = self._extractor(images)
@@ -88,13 +90,13 @@ class Evaluator:
       config: of the run.
       state: GANState.
       fake: of `features_of`, of the state's averaged generator.
-      long: see `scores.compute`.
+      long: see `compute.scores`.
 
     Returns:
       A dict for JSON, in the first process; None in others.
     """
-    with processes.together():
-      if processes.is_first():
+    with processes.raise_together():
+      if processes.is_primary():
         return self._score(config, state, fake, long)
     return None
 
@@ -102,8 +104,8 @@ class Evaluator:
     step = int(state.step)
     record = {
       "step": step,
-      "kimg": step * config.batch_size / 1000,
-      "scores": scores.compute(
+      "kimg": step * config_lib.images_per_step(config) / 1000,
+      "scores": compute.scores(
         self.protocol["network"], self.reference, fake, long
       ),
       "protocol": self.protocol,
@@ -147,7 +149,7 @@ def read_records(workdir):
   return [json.loads(line) for line in lines]
 
 
-def keep(workdir, record, config, state, data_state):
+def save_if_best(workdir, record, config, state, data_state):
   """Adds a record to scores.jsonl, and keeps the state if it is the best.
 
   It is if its first score, the Fréchet distance, is the lowest of those by the
@@ -165,8 +167,8 @@ def keep(workdir, record, config, state, data_state):
   """
   best = epath.Path(workdir) / "best"
   is_best = False
-  with processes.together():
-    if processes.is_first():
+  with processes.raise_together():
+    if processes.is_primary():
       first = next(iter(record["scores"]))
       is_best = all(
         record["scores"][first] < other["scores"][first]
@@ -175,7 +177,7 @@ def keep(workdir, record, config, state, data_state):
       )
       if is_best:
         config_lib.claim_workdir(config, best)
-  is_best = processes.as_first(is_best)
+  is_best = processes.broadcast_from_first(is_best)
   if is_best:
     with checkpoint.create_manager(best) as manager:
       checkpoint.save(manager, state, data_state)
@@ -183,7 +185,7 @@ def keep(workdir, record, config, state, data_state):
       for step in manager.all_steps():
         if step != int(state.step):
           manager.delete(step)
-  if processes.is_first():
+  if processes.is_primary():
     # Last: what is recorded is not scored, nor kept, again.
     with (epath.Path(workdir) / "scores.jsonl").open("a") as file:
       file.write(json.dumps(record) + "\n")
@@ -197,7 +199,7 @@ def evaluate(
   inception_weights="",
   num_samples=None,
   seed=0,
-  places=None,
+  machine=None,
 ):
   """Scores checkpoints of a run.
 
@@ -214,7 +216,7 @@ def evaluate(
     inception_weights: file of Inception's weights; see `inception.load`.
     num_samples: how many images to generate, or None for the config's.
     seed: of their latents.
-    places: a config that says where the data and compiled programs are on this
+    machine: a config that says where the data and compiled programs are on this
       machine; nothing else of it counts. None is as the run has it.
 
   Raises:
@@ -226,8 +228,8 @@ def evaluate(
       f"--checkpoint={which!r} must be last, all, watch or a step"
     )
   config = config_lib.load(workdir)
-  if places is not None:
-    config = config_lib.with_places(config, places)
+  if machine is not None:
+    config = config_lib.with_machine_fields(config, machine)
   if num_samples is None:
     num_samples = config.evaluation.num_samples
   if num_samples < 1:
@@ -236,15 +238,16 @@ def evaluate(
     )
   compilation.use_cache(config.compilation_cache)
   network = network or config.evaluation.features
-  with processes.together():
+  with processes.raise_together():
     network = features.load_network(network, inception_weights)
+  nets = networks.build(config)
   mesh = partitioning.create_mesh()
   evaluator = None
-  interpolate = sample.make_interpolator(config, mesh)
+  interpolate = sample.make_interpolator(nets, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
       try:
-        state = checkpoint.restore(manager, config, mesh, step)
+        state = checkpoint.restore(manager, config, nets, mesh, step)
         data_state = checkpoint.restore_data_state(manager, step)
       except (OSError, config_lib.ConfigError):
         if which != "watch" or step in manager.all_steps(read=True):
@@ -252,24 +255,24 @@ def evaluate(
         print(f"Step {step} was deleted before it was scored", flush=True)
         continue
       if evaluator is None:  # late: there may be no checkpoint
-        with processes.together():
+        with processes.raise_together():
           images = pipeline.load_images(config.data)
-        evaluator = Evaluator(config, images, mesh, network, num_samples, seed)
+        evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
         record
         for record in read_records(workdir)
         if record["step"] == step and record["protocol"] == evaluator.protocol
       ]
-      if processes.as_first(bool(done)):
+      if processes.broadcast_from_first(bool(done)):
         if done:
           report(done[-1], is_best=False)  # of an earlier evaluation
         continue
       # All processes take part; the first writes.
-      fake, first = evaluator.features_of(state.g_ema_params)
-      between = interpolate(state.g_ema_params, seed)
+      fake, first = evaluator.features_of(state.g_ema_variables)
+      between = interpolate(state.g_ema_variables, seed)
       record = evaluator.score(config, state, fake, long=True)
-      is_best = keep(workdir, record, config, state, data_state)
-      if processes.is_first():
+      is_best = save_if_best(workdir, record, config, state, data_state)
+      if processes.is_primary():
         report(record, is_best)
         neighbours_of = evaluator.with_neighbours(first, fake)
         _draw(workdir, step, "neighbours", neighbours_of)
@@ -306,7 +309,7 @@ def report(record, is_best):
   )
   verdict = ", the best so far" if is_best else ""
   print(f"Scores of step {record['step']}, {record['kimg']:g} kimg{verdict}:")
-  print(scores.table(record["scores"], note))
+  print(compute.table(record["scores"], note))
   if "class_share" in record:
     shares = [f"{k} {v:.1%}" for k, v in record["class_share"].items()]
     print("  classes, by nearest real images: " + ", ".join(shares[:20]))
@@ -323,11 +326,7 @@ def _draw(workdir, step, name, rows):
 
 
 def _write_scalars(workdir, record):
-  # Late: it imports TensorFlow. In a folder of its own: a training run may be
-  # writing into the other.
-  from clu import metric_writers
-
-  writer = metric_writers.SummaryWriter(str(epath.Path(workdir) / "evaluation"))
-  writer.write_scalars(record["step"], record["scores"])
-  writer.flush()
+  # In a folder of its own: a training run may be writing into the other.
+  writer = EventWriter(epath.Path(workdir) / "evaluation")
+  writer.write(record["step"], record["scores"], {})
   writer.close()

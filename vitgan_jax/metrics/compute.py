@@ -9,7 +9,7 @@ from vitgan_jax.metrics import (
 )
 
 
-def compute(network, real, fake, long=False):
+def scores(network, real, fake, long=False):
   """Computes all metrics of a set of generated images.
 
   Names end in the number of generated images, as in "fid50k". Those by another
@@ -38,20 +38,20 @@ def compute(network, real, fake, long=False):
   kernel = ("kid" if is_inception else "kd") + infix
   moments = statistics.from_features(fake.features)
   distance = fid.frechet_distance(real.statistics, moments)
-  scores = {f"{frechet}{count}": distance}
+  values = {f"{frechet}{count}": distance}
   if long:
     low, high = fid.bootstrap_interval(real.statistics, fake.features)
-    scores |= {f"{frechet}{count}_low": low, f"{frechet}{count}_high": high}
+    values |= {f"{frechet}{count}_low": low, f"{frechet}{count}_high": high}
     if fid.can_extrapolate(*fake.features.shape):
       limit = fid.extrapolate(real.statistics, fake.features)
-      scores[f"{frechet}_inf"] = limit
+      values[f"{frechet}_inf"] = limit
   if is_inception:  # the classes of the other are not those of the score
     mean, deviation = inception_score.inception_score(fake.logits)
-    scores |= {f"is{count}": mean, f"is{count}_std": deviation}
+    values |= {f"is{count}": mean, f"is{count}_std": deviation}
   mean, deviation = kid.kernel_distance(real.features, fake.features)
-  scores |= {f"{kernel}{count}": mean, f"{kernel}{count}_std": deviation}
+  values |= {f"{kernel}{count}": mean, f"{kernel}{count}_std": deviation}
   manifolds = precision_recall.precision_recall(real.features, fake.features)
-  return scores | {f"{k}{infix}{count}": v for k, v in manifolds.items()}
+  return values | {f"{k}{infix}{count}": v for k, v in manifolds.items()}
 
 
 def count_name(count):
@@ -59,11 +59,11 @@ def count_name(count):
   return f"{count}" if count % 1000 else f"{count // 1000}k"
 
 
-def table(scores, note):
-  """Returns scores as lines for people, with a note below."""
-  lines = [f"  {key:<34}{value:.5g}" for key, value in scores.items()]
+def table(values, note):
+  """Returns `scores` as lines for people, with a note below."""
+  lines = [f"  {key:<34}{value:.5g}" for key, value in values.items()]
   lines.append(f"  {note}")
-  if any(key.startswith("fd_") for key in scores):
+  if any(key.startswith("fd_") for key in values):
     lines.append(
       "  fd_... is no FID. For FID: --features=inception, whose weights are "
       "downloaded or given as --inception_weights=FILE"

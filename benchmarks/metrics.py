@@ -10,10 +10,17 @@ import tempfile
 import jax
 import numpy as np
 
+from benchmarks import fidelity, turns
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import fidelity, turns
 from vitgan_jax.config import ConfigError
-from vitgan_jax.metrics import features, inception, scores, statistics, weights
+from vitgan_jax.metrics import (
+  compute,
+  features,
+  inception,
+  statistics,
+  torch_files,
+)
+from vitgan_jax.metrics.feature_network import FeatureNetwork, Features
 from vitgan_jax.metrics.reference import Reference
 
 NUM_IMAGES = 10_000  # of either kind, for the time of a whole score
@@ -33,7 +40,7 @@ def run(seconds):
     fidelity.load("metric_fid")
   except ImportError as error:
     raise ConfigError(
-      "`benchmark metrics` compares with torch-fidelity: run `make test` once, "
+      "`benchmarks metrics` compares with torch-fidelity: run `make test`, "
       "or pip install torch and, with --no-deps, torch-fidelity"
     ) from error
   ours, theirs = _features_per_sec(seconds)
@@ -67,9 +74,9 @@ def _features_per_sec(seconds):
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "weights.pth"
     fidelity.write_random_inception(path)
-    params = inception.from_state_dict(weights.read_state_dict(path))
+    params = inception.from_state_dict(torch_files.read_state_dict(path))
     their_network = fidelity.inception(path)
-  network = weights.FeatureNetwork("random", "", 2048, params, inception.apply)
+  network = FeatureNetwork("random", "", 2048, params, inception.apply)
   extractor = features.Extractor(network, partitioning.create_mesh())
   images = np.random.default_rng(0).integers(
     0, 256, (extractor.batch_size, 32, 32, 3), np.uint8
@@ -94,7 +101,7 @@ def _features_per_sec(seconds):
 def _our_scores(real, fake, logits):
   moments = statistics.from_features(real)
   reference = Reference(moments, real, None)
-  scores.compute("inception", reference, weights.Features(fake, logits))
+  compute.scores("inception", reference, Features(fake, logits))
 
 
 def _their_scores(real, fake, logits):

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 
+from benchmarks import peer, turns
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import peer, turns
 from vitgan_jax.gan_step import make_train_steps
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import init_train_state
 
 
@@ -20,15 +21,21 @@ def run(config, seconds):
   """
   config_lib.validate(config)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
-  state = init_train_state(config, mesh)
-  size = config.data.image_size
-  shape = (config.steps_per_call, config.batch_size, size, size, 3)
-  host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  images = partitioning.global_batch(mesh, host_images, axis=1)
-  theirs, note = peer.contestants(
-    config, lambda compiled: _their_steps(config, state, host_images, compiled)
+  images_per_device = config.batch_size // (mesh.size * config.accumulation)
+  nets, _ = networks.with_kernels(
+    networks.build(config), mesh, images_per_device
   )
-  train_steps = make_train_steps(config, mesh).lower(state, images)
+  state = init_train_state(config, nets, mesh)
+  size = config.data.image_size
+  shape = (config.steps_per_call, 1, config.batch_size, size, size, 3)
+  host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  batch = {"images": host_images, "labels": None}
+  batch = partitioning.global_batch(mesh, batch, axis=2)
+  theirs, note = peer.contestants(
+    config,
+    lambda compiled: _their_steps(config, state, host_images[:, 0], compiled),
+  )
+  train_steps = make_train_steps(config, nets, mesh).lower(state, batch)
   compiled = []
   compile_seconds = turns.time_of(
     lambda: compiled.append(train_steps.compile())
@@ -36,7 +43,7 @@ def run(config, seconds):
 
   def ours():
     nonlocal state
-    state, metrics = compiled[0](state, images)
+    state, metrics = compiled[0](state, batch)
     jax.block_until_ready((state, metrics))
 
   medians, calls = turns.median_seconds([ours, *theirs.values()], seconds)
@@ -67,7 +74,7 @@ def _their_steps(config, state, images, compiled):
   """Returns a function that takes the steps of one call of ours."""
   import torch
 
-  from vitgan_jax.benchmarks import torch_train
+  from benchmarks import torch_train
 
   trainer = torch_train.Trainer(config, state, peer.compile_function(compiled))
   batches = torch.asarray(images, device=torch.get_default_device()).unbind()

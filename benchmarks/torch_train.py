@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from vitgan_jax.benchmarks import torch_vitgan
+from benchmarks import torch_vitgan
 
 
 def draw_augmentation(batch, size, strengths):
@@ -99,21 +99,20 @@ class Trainer:
     for module, params, spectral in (
       (self.generator, state.g_params, None),
       (self.generator_ema, state.g_ema_params, None),
-      (self.discriminator, state.d_params, state.d_spectral),
+      (self.discriminator, state.d_params, state.d_model_state["spectral"]),
     ):
       torch_vitgan.load_from_jax(module, params, spectral)
-    adam = config.optimizer
     self.g_optimizer, self.d_optimizer = (
       torch.optim.Adam(
         network.parameters(),
-        lr=rate,
+        lr=adam.learning_rate,
         betas=(adam.b1, adam.b2),
         eps=adam.eps,
         fused=True,
       )
-      for network, rate in (
-        (self.generator, adam.g_learning_rate),
-        (self.discriminator, adam.d_learning_rate),
+      for network, adam in (
+        (self.generator, config.g_optimizer),
+        (self.discriminator, config.d_optimizer),
       )
     )
     self.steps = int(state.step)

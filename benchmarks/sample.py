@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
+from benchmarks import peer, turns
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.benchmarks import peer, turns
+from vitgan_jax.models import networks
 from vitgan_jax.sample import BATCH_SIZE, make_sampler
 from vitgan_jax.train_state import init_train_state
 
@@ -19,16 +20,19 @@ def run(config, seconds):
   """
   config_lib.validate(config)
   mesh = partitioning.create_mesh()
-  g_params = init_train_state(config, mesh).g_ema_params
+  nets = networks.build(config)
+  variables = init_train_state(config, nets, mesh).g_ema_variables
   batch_size = BATCH_SIZE * mesh.size
   theirs, note = peer.contestants(
     config,
-    lambda compiled: _their_sampler(config, g_params, batch_size, compiled),
+    lambda compiled: _their_sampler(
+      config, variables["params"], batch_size, compiled
+    ),
   )
-  sampler = make_sampler(config, mesh)
+  sampler = make_sampler(nets, mesh)
 
   def ours():
-    np.asarray(sampler(g_params, 0, 0))
+    np.asarray(sampler(variables, 0, 0))
 
   medians, calls = turns.median_seconds([ours, *theirs.values()], seconds)
   return [
@@ -54,7 +58,7 @@ def _their_sampler(config, g_params, batch_size, compiled):
   """Returns a function that draws a batch, uint8 [B, S, S, 3], in numpy."""
   import torch
 
-  from vitgan_jax.benchmarks import torch_vitgan
+  from benchmarks import torch_vitgan
 
   generator = torch_vitgan.Generator(config)
   torch_vitgan.load_from_jax(generator, g_params)

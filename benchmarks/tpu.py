@@ -15,20 +15,16 @@ On v5p a chip is one device with two cores that share each operation: the
 cycles are those of the clock, not summed over cores; a kernel's bundles are
 those of one core.
 
-Model FLOPs count multiplications and additions of the batch in dense layers,
-convolutions, attention and decoder: 2 per multiply-add. With `g` and `d` of one
-forward pass, a backward pass for all gradients is 2 g or 2 d, and one for the
-gradient of the input alone is d. A step with k batches before D, four with
-balanced consistency and two without, is
-
-  D's update: g + 3 k d;    G's update: 3 g + 2 d (+ d with "rpgan").
-
-R1 and R2, the optimisers and what does not grow with the batch are left out.
-Those of Inception are what XLA counts of its forward pass. It computes in
-float32, which takes the MXU several passes; its MFU, too, is of the peak in
-bfloat16.
+Model FLOPs are those of the same program for the images of one chip in plain
+JAX, without rematerialisation: all matrix products and convolutions, forward
+and backward (`flops.model_flops`). The networks' layers, attention and decoder
+are nearly all of them; the augmentation and the power iteration are less than a
+thousandth. A step with R1 or R2 is one that takes them, in the cycles, too.
+Inception computes in float32, which takes the MXU several passes; its MFU, too,
+is of the peak in bfloat16.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -36,18 +32,20 @@ import pathlib
 import re
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
+from benchmarks import fidelity, hlo
+from benchmarks.flops import model_flops
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning, sample
-from vitgan_jax.benchmarks import fidelity, hlo
 from vitgan_jax.config import ConfigError
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import features, inception, weights
+from vitgan_jax.metrics import features, inception, torch_files
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 
 
@@ -65,6 +63,26 @@ class Chip(NamedTuple):
   clock: float
   bandwidth: float
   memory: float
+
+
+class Program(NamedTuple):
+  """One jitted program.
+
+  Attributes:
+    name: as it is printed.
+    function: under `jax.jit`.
+    args: pytrees of `jax.ShapeDtypeStruct`s.
+    dtype: in which it computes.
+    images_per_chip: of its batch.
+    implementations: see `networks.with_kernels`.
+  """
+
+  name: str
+  function: Any
+  args: tuple
+  dtype: str
+  images_per_chip: int
+  implementations: list = []
 
 
 # As Google publishes them, but for the clock, which is the peak over the FLOPs
@@ -110,12 +128,13 @@ def run(config, topology, batch_per_chip):
     config_lib.validate(config)
     mesh = partitioning.create_mesh(devices, config.fsdp)
     chip = CHIPS[topology.split(":")[0]]
-    for name, lower, dtype, images, flops in _programs(
-      config, mesh, batch_per_chip
+    for program, plain in zip(
+      programs(config, mesh), plain_programs(config, batch_per_chip)
     ):
+      name, images = program.name, program.images_per_chip
       print(f"Compiling for {topology}: {name}", file=sys.stderr, flush=True)
       try:
-        compiled = lower().compile()
+        compiled = program.function.lower(*program.args).compile()
       except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -126,15 +145,17 @@ def run(config, topology, batch_per_chip):
         "program": name,
         "source": "the TPU compiler's estimates: nothing was measured",
         "topology": f"{topology}, {len(devices)} chips",
-        "dtype": dtype,
+        "dtype": program.dtype,
         "images_per_chip": images,
+        "implementations": program.implementations,
         **summarise(text, _bundles(dump, text), chip),
       }
       seconds = figures["estimated_ms"] / 1e3
       rate = images * len(devices) / seconds
       figures["estimated_images_per_sec"] = round(rate, 1)
-      figures["model_tflop_per_chip"] = round(images * flops / 1e12, 4)
-      figures["estimated_mfu"] = round(images * flops / seconds / chip.flops, 4)
+      flops = model_flops(plain.function, *plain.args)
+      figures["model_tflop_per_chip"] = round(flops / 1e12, 4)
+      figures["estimated_mfu"] = round(flops / seconds / chip.flops, 4)
       if name == "training step":
         hours = config.total_kimg * 1e3 / rate / 3600
         figures["estimated_hours_of_the_run"] = round(hours, 2)
@@ -147,7 +168,7 @@ def run(config, topology, batch_per_chip):
 def _devices(topology):
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
-      "`benchmark tpu` needs the TPU compiler: pip install -e '.[tpu]'"
+      "`benchmarks tpu` needs the TPU compiler: pip install -e '.[tpu]'"
     )
   try:
     if topology.split(":")[0] not in CHIPS:
@@ -162,9 +183,8 @@ def _devices(topology):
     ) from error
 
 
-def _programs(config, mesh, batch_per_chip):
-  """Yields (name, how to lower it, dtype, images a chip, FLOPs of an image)."""
-  state = state_shapes(config, mesh)
+def programs(config, mesh):
+  """Yields each Program for the devices of a mesh."""
   size = config.data.image_size
 
   def images(*shape, axis=0):
@@ -175,42 +195,66 @@ def _programs(config, mesh, batch_per_chip):
     sharding = partitioning.replicated(mesh)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  batch = images(1, config.batch_size, size, size, 3, axis=1)
-  yield (
+  per_chip = config.batch_size // mesh.size
+  nets, implementations = networks.with_kernels(
+    networks.build(config), mesh, per_chip // config.accumulation
+  )
+  state = state_shapes(config, nets, mesh)
+  batch = {"images": images(1, 1, config.batch_size, size, size, 3, axis=2)}
+  yield Program(
     "training step",
-    lambda: make_train_steps(config, mesh).lower(state, batch),
+    make_train_steps(config, nets, mesh),
+    (state, {**batch, "labels": None}),
     config.dtype,
-    batch_per_chip,
-    step_flops(config),
+    per_chip,
+    implementations,
   )
   number = replicated(jnp.zeros((), jnp.int32))
-  yield (
+  yield Program(
     "sampler",
-    lambda: sample.make_sampler(config, mesh).lower(
-      state.g_ema_params, number, number
-    ),
+    sample.make_sampler(nets, mesh),
+    (state.g_ema_variables, number, number),
     config.dtype,
     sample.BATCH_SIZE,
-    generator_flops(config),
   )
+  params = _inception_params()
+  if params is None:
+    print("No Inception: it needs torch and torch-fidelity", file=sys.stderr)
+    return
+  yield Program(
+    "Inception",
+    features.make_extract(inception.apply, mesh),
+    (
+      jax.tree.map(replicated, params),
+      images(features.BATCH_SIZE * mesh.size, size, size, 3),
+    ),
+    "float32",
+    features.BATCH_SIZE,
+  )
+
+
+def plain_programs(config, batch_size):
+  """Yields the same in plain JAX, on one device, with nothing to save memory.
+
+  Args:
+    config: of the programs.
+    batch_size: of the training step.
+  """
+  config = config.copy_and_resolve_references()
+  config.update(batch_size=batch_size, accumulation=1, remat=False, fsdp=1)
+  return programs(config, partitioning.create_mesh(jax.devices("cpu")[:1]))
+
+
+@functools.cache
+def _inception_params():
+  """Returns Inception's parameters, random, or None without torch-fidelity."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "weights.pth"
     try:
       fidelity.write_random_inception(path)
     except ImportError:
-      print("No Inception: it needs torch and torch-fidelity", file=sys.stderr)
-      return
-    params = inception.from_state_dict(weights.read_state_dict(path))
-  batch = images(features.BATCH_SIZE * mesh.size, size, size, 3)
-  yield (
-    "Inception",
-    lambda: features.make_extract(inception.apply, mesh).lower(
-      jax.tree.map(replicated, params), batch
-    ),
-    "float32",
-    features.BATCH_SIZE,
-    inception_flops(params, size),
-  )
+      return None
+    return inception.from_state_dict(torch_files.read_state_dict(path))
 
 
 def summarise(text, bundles, chip):
@@ -322,79 +366,3 @@ def _memory(compiled, chip):
     "estimated_hbm_peak_gb": round(peak / 1e9, 4),
     "estimated_hbm_headroom_gb": round((chip.memory - peak) / 1e9, 4),
   }
-
-
-def step_flops(config):
-  """Returns the model FLOPs of a training step for one image; see above."""
-  g, d = generator_flops(config), discriminator_flops(config)
-  batches = 4 if config.loss.bcr_weight else 2
-  pairs = config.loss.adversarial == "rpgan"
-  return (g + 3 * batches * d) + (3 * g + (2 + pairs) * d)
-
-
-def generator_flops(config):
-  """Returns the FLOPs of the generator's forward pass for one image."""
-  c = config.generator
-  patches = (config.data.image_size // c.patch_size) ** 2
-  tokens = patches + (c.latent_injection == "token")
-  total = c.mapping_depth * c.latent_dim**2
-  if c.latent_injection == "sln":  # scale and shift of 2 norms a block, and 1
-    total += (2 * c.depth + 1) * c.latent_dim * 2 * c.width
-  else:
-    total += c.latent_dim * c.width
-  total += c.depth * _block(c, patches, tokens)
-  pixels, hidden = c.patch_size**2, c.decoder_dim
-  if c.patch_decoder == "implicit":  # styles, hidden layer, demodulation, RGB
-    per_patch = (
-      2 * c.width * hidden + (pixels + 1) * hidden**2 + pixels * hidden * 3
-    )
-  elif c.patch_decoder == "implicit_concat":
-    per_patch = c.width * hidden + pixels * hidden * 3
-  elif c.patch_decoder == "linear":
-    per_patch = c.width * pixels * 3
-  else:
-    return 2 * (total + _conv_decoder(c, patches))
-  return 2 * (total + patches * per_patch)
-
-
-def discriminator_flops(config):
-  """Returns the FLOPs of the discriminator's forward pass for one image."""
-  c = config.discriminator
-  patches = (config.data.image_size // c.patch_size) ** 2
-  embedding = patches * (c.patch_size + 2 * c.overlap) ** 2 * 3 * c.width
-  head = c.width**2 + c.width
-  return 2 * (embedding + c.depth * _block(c, patches, patches + 1) + head)
-
-
-def inception_flops(params, size):
-  """Returns the FLOPs of Inception's forward pass for an image [size, size, 3].
-
-  XLA counts elementwise operations too, and no products with padding.
-  """
-  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-  return jax.jit(inception.apply).lower(params, image).cost_analysis()["flops"]
-
-
-def _block(c, patches, tokens):
-  """Returns the multiply-adds of a transformer block."""
-  projections = 2 if c.attention == "l2" else 3  # query and key are tied
-  extra = 8 * patches if c.conv_qkv else 0  # 3x3 convolutions, over patches
-  return (
-    projections * (tokens + extra) * c.width**2
-    + tokens * c.width**2
-    + 2 * tokens**2 * c.width
-    + 2 * tokens * c.width * c.mlp_dim
-  )
-
-
-def _conv_decoder(c, positions):
-  """Returns the multiply-adds of the convolutional decoder."""
-  total, channels = 0, c.width
-  for octave in range(int(math.log2(c.patch_size))):
-    positions *= 4
-    for _ in range(2):
-      outputs = max(c.decoder_dim >> octave, 8)
-      total += 9 * positions * channels * outputs
-      total += c.latent_dim * channels + channels * outputs
-      channels = outputs
-  return total + 3 * positions * channels

@@ -1,11 +1,11 @@
-"""Measures speed: `python -m vitgan_jax.benchmark NAME`.
+"""Measures speed: `python -m benchmarks NAME`.
 
-  python -m vitgan_jax.benchmark train --config=configs/digits.py
-  python -m vitgan_jax.benchmark train --config=configs/cifar10.py:smoke --json
-  python -m vitgan_jax.benchmark sample --config=configs/digits.py
-  python -m vitgan_jax.benchmark data
-  python -m vitgan_jax.benchmark metrics
-  python -m vitgan_jax.benchmark tpu --config=configs/cifar10.py
+  python -m benchmarks train --config=configs/digits.py
+  python -m benchmarks train --config=configs/cifar10.py:smoke --json
+  python -m benchmarks sample --config=configs/digits.py
+  python -m benchmarks data
+  python -m benchmarks metrics
+  python -m benchmarks tpu --config=configs/cifar10.py
 
 `train` times the training step of a config on random images, `sample` the
 drawing of samples, both beside the same networks and objective in PyTorch,
@@ -57,13 +57,13 @@ def main(arguments):
     name in _NEEDS_CONFIG and flags.FLAGS.config is None
   ):
     raise ConfigError(
-      "usage: python -m vitgan_jax.benchmark "
+      "usage: python -m benchmarks "
       f"{{{','.join(_FLAGS)}}} [--config=configs/<name>.py] [--json]; "
       f"{', '.join(_NEEDS_CONFIG)} need a config"
     )
   if name == "tpu":
     os.environ.update(_COMPILER_ONLY)
-  module = importlib.import_module(f"vitgan_jax.benchmarks.{name}")
+  module = importlib.import_module(f"benchmarks.{name}")
   results = module.run(*(flags.FLAGS[flag].value for flag in _FLAGS[name]))
   if flags.FLAGS.json:
     print(json.dumps(list(results)))

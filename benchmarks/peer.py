@@ -34,7 +34,7 @@ def contestants(config, make):
     sys.modules.setdefault("triton", None)
   import torch
 
-  from vitgan_jax.benchmarks import torch_vitgan
+  from benchmarks import torch_vitgan
 
   if device is None or (device == "cuda" and not torch.cuda.is_available()):
     return {}, {"torch": f"not on this device: {jax.default_backend()}"}

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from vitgan_jax import config as config_lib
-from vitgan_jax.metrics import fid, scores, statistics
+from vitgan_jax.metrics import compute, fid, statistics
+from vitgan_jax.metrics.feature_network import Features
 from vitgan_jax.metrics.reference import Reference
-from vitgan_jax.metrics.weights import Features
 
 
 def sets(num_real=1200, num_fake=1000):
@@ -17,7 +17,7 @@ def sets(num_real=1200, num_fake=1000):
 
 
 def test_names_of_inception_are_the_usual_ones_with_the_count():
-  result = scores.compute("inception", *sets(), long=True)
+  result = compute.scores("inception", *sets(), long=True)
   assert list(result) == [
     "fid1k",
     "fid1k_low",
@@ -37,7 +37,7 @@ def test_names_of_inception_are_the_usual_ones_with_the_count():
 
 
 def test_names_of_another_network_never_say_fid():
-  result = scores.compute("efficientnet", *sets(num_fake=1001))
+  result = compute.scores("efficientnet", *sets(num_fake=1001))
   assert list(result) == [
     "fd_efficientnet1001",
     "kd_efficientnet1001",
@@ -52,16 +52,16 @@ def test_names_of_another_network_never_say_fid():
   assert result["fd_efficientnet1001"] == fid.frechet_distance(
     real.statistics, moments
   )
-  table = scores.table(result, "the note")
+  table = compute.table(result, "the note")
   assert "fd_efficientnet1001" in table and "the note" in table
   assert "--features=inception" in table and "no FID" in table
-  assert "no FID" not in scores.table({"fid1k": 3.0}, "")
+  assert "no FID" not in compute.table({"fid1k": 3.0}, "")
 
 
 @pytest.mark.parametrize("num_fake", [10, 500])
 def test_too_few_images_are_an_error_of_one_line(num_fake):
   with pytest.raises(config_lib.ConfigError, match="too few") as error:
-    scores.compute("inception", *sets(num_fake=num_fake))
+    compute.scores("inception", *sets(num_fake=num_fake))
   assert "\n" not in str(error.value)
 
 
@@ -69,4 +69,4 @@ def test_too_few_images_are_an_error_of_one_line(num_fake):
   "count, name", [(50_000, "50k"), (2_000, "2k"), (1497, "1497"), (999, "999")]
 )
 def test_count_is_named(count, name):
-  assert scores.count_name(count) == name
+  assert compute.count_name(count) == name

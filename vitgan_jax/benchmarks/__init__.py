@@ -1,1 +1,0 @@
-"""What `python -m vitgan_jax.benchmark` measures, one module each."""

@@ -1,0 +1,272 @@
+"""The kinds of networks: what a config holds of each, and where each is.
+
+Both kinds are Linen modules with the fields `image_size` (S), `num_classes` (0:
+none), `dtype`, `remat`, and those of their part of the config. They are called
+alike, with B images:
+
+  generator(latents, labels, keys, train) -> images [B, S, S, 3]
+  discriminator(images, labels, keys, train) -> logits [B]
+
+  latents: [B, latent_dim]; a generator has this field.
+  labels: int32 [B], or None without classes.
+  keys: [B], a key for each image, for what is drawn at random inside (noise,
+    dropout); None draws nothing.
+  train: whether this is training: batch statistics then are those of the batch.
+
+A generator is `synthesize(mapping(latents, labels), keys, train)`, where the
+latent w is between; one without a mapping network returns the latents. What a
+network keeps beside its parameters lies in variable collections, and is the
+training state's `model_state`. A discriminator may be given real and generated
+images in one call, one kind after the other: a layer that compares images looks
+at neighbours.
+
+A network whose class has a field `implementation` computes by `kernels`, too.
+What it sows into "intermediates" is drawn by `diagnostics`.
+
+To add a network, write its class, with `check`, and an entry here. Nothing here
+imports JAX before a network is built: configs are plain data.
+"""
+
+import pkgutil
+from typing import NamedTuple
+
+from vitgan_jax.config import ConfigError
+from vitgan_jax.kernels import UnsupportedError
+
+
+class Kind(NamedTuple):
+  """A kind of network.
+
+  Attributes:
+    path: of its class, "module:Class". The class has a static method
+      `check(fields, image_size, where)`, which raises a ConfigError that names
+      a field `where` + its name.
+    fields: {name: value}, the defaults of its part of the config.
+    smoke: those that `:smoke` changes, to train within seconds.
+  """
+
+  path: str
+  fields: dict
+  smoke: dict
+
+  def load(self):
+    """Returns the class."""
+    return pkgutil.resolve_name(self.path)
+
+
+_SMALL = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
+
+GENERATORS = {
+  "vitgan": Kind(
+    "vitgan_jax.models.generator:Generator",
+    dict(
+      patch_size=4,
+      width=384,
+      depth=4,
+      num_heads=6,
+      mlp_dim=1536,
+      latent_dim=384,
+      mapping_depth=8,
+      mapping_lr_multiplier=0.01,
+      latent_injection="sln",  # "sln", "add" or "token"
+      attention="dot",  # "dot" or "l2"
+      conv_qkv=False,  # 3x3 convolutions for query, key, value
+      # "implicit" (modulated), "implicit_concat", "linear" or "conv"
+      patch_decoder="implicit",
+      decoder_dim=384,
+      position_scale=3.0,
+      fourier_scale=3.0,
+    ),
+    dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
+  ),
+}
+
+DISCRIMINATORS = {
+  "vitgan": Kind(
+    "vitgan_jax.models.discriminator:Discriminator",
+    dict(
+      patch_size=4,
+      overlap=2,  # pixels on every side; half a patch
+      width=384,
+      depth=4,
+      num_heads=6,
+      mlp_dim=1536,
+      attention="l2",  # "l2" or "dot"
+      qk_gain=0.4,
+      conv_qkv=False,
+      spectral_norm="isn",  # "isn", "sn" or "none"
+      position_scale=3.0,
+    ),
+    _SMALL,
+  ),
+}
+
+TABLES = {"generator": GENERATORS, "discriminator": DISCRIMINATORS}
+
+
+def kind_of(network, name):
+  """Returns the Kind of a name.
+
+  Args:
+    network: "generator" or "discriminator".
+    name: what the config calls it.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  table = TABLES[network]
+  if name not in table:
+    raise ConfigError(
+      f"config.{network}.kind={name!r} must be one of {', '.join(table)}"
+    )
+  return table[name]
+
+
+def fields_of(network, name):
+  """Returns a config's part for a kind of network: its kind and defaults."""
+  return {"kind": name, **kind_of(network, name).fields}
+
+
+def missing_fields(config):
+  """Returns the fields that a config lacks of its networks' kinds, sorted."""
+  missing = set()
+  for network in TABLES:
+    fields = config.get(network, {})
+    if "kind" not in fields:
+      missing.add(f"{network}.kind")
+    else:
+      names = kind_of(network, fields["kind"]).fields.keys() - fields.keys()
+      missing |= {f"{network}.{name}" for name in names}
+  return sorted(missing)
+
+
+def check(config):
+  """Checks the networks' parts of a config.
+
+  Raises:
+    ConfigError: says which field is wrong, and what is allowed.
+  """
+  for network in TABLES:
+    fields = config[network]
+    network_class = kind_of(network, fields.kind).load()
+    network_class.check(fields, config.data.image_size, f"config.{network}.")
+
+
+class Networks(NamedTuple):
+  """Both networks of a config, in the plain form; see `with_kernels`.
+
+  Attributes:
+    generator: Linen module.
+    discriminator: Linen module.
+    implementation: what the config asks for: "auto", or one of `kernels`.
+  """
+
+  generator: object
+  discriminator: object
+  implementation: str
+
+
+def build(config):
+  """Returns the Networks that a config describes."""
+  import jax.numpy as jnp
+
+  def module(network):
+    fields = dict(config[network])
+    return kind_of(network, fields.pop("kind")).load()(
+      **fields,
+      image_size=config.data.image_size,
+      num_classes=config.data.num_classes,
+      remat=config.remat,
+      dtype=jnp.dtype(config.dtype),
+    )
+
+  modules = [module(network) for network in TABLES]
+  return Networks(*modules, config.implementation)
+
+
+def plain(network):
+  """Returns a network in its plain form, which has a second derivative."""
+  if not hasattr(network, "implementation"):
+    return network
+  return network.clone(implementation="xla")
+
+
+def with_kernels(nets, mesh, num_images):
+  """Chooses how the networks compute.
+
+  "auto" takes kernels on TPUs, where they take these shapes.
+
+  Args:
+    nets: Networks.
+    mesh: of the devices.
+    num_images: of the smallest call, on one device.
+
+  Returns:
+    (Networks; a line for each of them that says what was chosen, and why not
+    kernels).
+
+  Raises:
+    ConfigError: if the config asks for kernels that cannot be had.
+  """
+  platform = mesh.devices.flat[0].platform
+  wanted = nets.implementation
+  if wanted == "pallas" and platform != "tpu":
+    raise ConfigError(
+      "config.implementation='pallas' is for TPUs, and these devices are of "
+      f"{platform}: give auto, xla or interpret"
+    )
+  chosen, lines = {}, []
+  for name in TABLES:
+    network = getattr(nets, name)
+    implementation, reason = wanted, ""
+    if not hasattr(network, "implementation"):
+      implementation, reason = "xla", "this kind has no kernels"
+    elif wanted == "auto":
+      implementation = "pallas" if platform == "tpu" else "xla"
+    if implementation != "xla":
+      reason = _obstacle(network, name, implementation, num_images)
+      if reason and wanted != "auto":
+        raise ConfigError(
+          f"config.implementation={wanted!r} is not for this {name}: {reason}"
+        )
+      implementation = "xla" if reason else implementation
+    if hasattr(network, "implementation"):
+      network = network.clone(implementation=implementation)
+    chosen[name] = network
+    lines.append(f"{name}: {implementation}" + (f" ({reason})" * bool(reason)))
+  return Networks(**chosen, implementation=wanted), lines
+
+
+def _obstacle(network, name, implementation, num_images):
+  """Returns why kernels cannot take a call of so many images; "" if they can.
+
+  A batch that is a multiple of theirs is named, if that would do.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from vitgan_jax.kernels.attention import GROUP_SIZE
+
+  network = network.clone(implementation=implementation)
+
+  def trace(num_images):
+    size = network.image_size
+    shape = (
+      (num_images, network.latent_dim)
+      if name == "generator"
+      else (num_images, size, size, 3)
+    )
+    labels = jnp.zeros(num_images, int) if network.num_classes else None
+    try:
+      jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(shape), labels)
+    except UnsupportedError as error:
+      return str(error)
+    return ""
+
+  reason = trace(num_images)
+  more = -(-num_images // GROUP_SIZE) * GROUP_SIZE
+  if reason and more != num_images and not trace(more):
+    reason += (
+      f": {more} on a device and micro-batch, not {num_images}, would do"
+    )
+  return reason
