@@ -63,13 +63,18 @@ def reference_tokens(params, images, overlap, position_scale):
   return np.stack(tokens, axis=1)
 
 
-@pytest.mark.parametrize("overlap", [0, 2, 4])
-def test_discriminator_matches_its_parts(overlap):
+@pytest.mark.parametrize(
+  "overlap, labels", [(0, None), (2, None), (4, None), (2, np.array([4, 0, 4]))]
+)
+def test_discriminator_matches_its_parts(overlap, labels):
   discriminator = make_discriminator(
-    **{**SMALL, "overlap": overlap}, spectral_norm="none", position_scale=2.0
+    **{**SMALL, "overlap": overlap},
+    num_classes=0 if labels is None else 5,
+    spectral_norm="none",
+    position_scale=2.0,
   )
   images = normal(3, 8, 8, 3)
-  variables = init(discriminator, images)
+  variables = init(discriminator, images, labels)
   params = variables["params"]
   block = TransformerBlock(
     LayerNorm,
@@ -85,9 +90,13 @@ def test_discriminator_matches_its_parts(overlap):
   tokens = reference_tokens(params, images, overlap, 2.0)
   h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
   norm = params["norm_out"]
-  y = standardise(np.asarray(h[:, -1])) * norm["scale"] + norm["bias"]
-  expected = dense(params["head_out"], gelu(dense(params["head_in"], y)))[:, 0]
-  logits = jax.jit(discriminator.apply)(variables, images)
+  token = standardise(np.asarray(h[:, -1])) * norm["scale"] + norm["bias"]
+  y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
+  expected = y[:, 0]
+  if labels is not None:
+    kernel = params["class_embedding"]["kernel"]
+    expected += np.mean(kernel[labels] / np.sqrt(5) * token, axis=-1)
+  logits = jax.jit(discriminator.apply)(variables, images, labels)
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
