@@ -1,229 +1,183 @@
-"""The kernel, interpreted on a CPU, against the plain form of attention."""
+"""Attention against loops in numpy, and its kernel, interpreted, against it."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
-from vitgan_jax import partitioning
-from vitgan_jax.models import attention, fused_attention, fused_rows
-from vitgan_jax.models.discriminator import Discriminator
-from vitgan_jax.models.generator import Generator
+from tests import reference
+from tests.reference import assert_close, normal
+from vitgan_jax.kernels import UnsupportedError, attention
+from vitgan_jax.kernels.attention import GROUP_SIZE, attend, attention_weights
 
-BATCH = 2 * fused_attention.GROUP_SIZE
-NETWORK = dict(
-  image_size=16,
-  patch_size=4,
-  width=48,
-  depth=1,
-  num_heads=3,
-  mlp_dim=32,
-  conv_qkv=False,
-  position_scale=2.0,
-)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-  """Has kernels run on a CPU; returns the kinds of `attend`'s calls."""
-  attend, apply, calls = fused_attention.attend, fused_rows.apply, []
-
-  def interpret(*args, **kwargs):
-    calls.append(kwargs["kind"])
-    return attend(*args, **kwargs, interpret=True)
-
-  monkeypatch.setattr(fused_attention, "attend", interpret)
-  monkeypatch.setattr(
-    fused_rows, "apply", functools.partial(apply, interpret=True)
-  )
-  return calls
-
-
-def mesh_of(num_devices):
-  return partitioning.create_mesh(jax.devices()[:num_devices])
-
-
-def plain(*inputs, num_heads, kind):
-  """Attends head by head to [B, N, D]."""
-  y = []
-  for head in zip(*(jnp.split(x, num_heads, axis=-1) for x in inputs)):
-    q, k, v = head[0], head[-2], head[-1]
-    y.append(attention.attention_weights(q, k, kind).astype(v.dtype) @ v)
-  return jnp.concatenate(y, axis=-1)
-
-
-def pack(tokens, num_patches):
-  extra = tokens[:, :-num_patches]
-  return fused_attention.pack(
-    tokens[:, -num_patches:], extra if extra.size else None
-  )
-
-
-def unpack(rows, num_patches):
-  patches, extra = fused_attention.unpack(rows, num_patches)
-  return jnp.concatenate([patches] if extra is None else [extra, patches], 1)
-
-
-@pytest.mark.parametrize("num_extra", [0, 1])
-def test_unpacked_rows_are_the_tokens(num_extra):
-  tokens = jax.random.normal(jax.random.key(0), (BATCH, 4 + num_extra, 3))
-  rows = pack(tokens, 4)
-  np.testing.assert_array_equal(unpack(rows, 4), tokens)
-  # Image 17 is the second of the second group.
-  np.testing.assert_array_equal(rows[1, 4:8], tokens[17, num_extra:])
-  if num_extra:
-    np.testing.assert_array_equal(rows[1, 16 * 4 + 1], tokens[17, 0])
+BATCH = 2 * GROUP_SIZE
+NUM_PATCHES = 16
 
 
 @pytest.mark.parametrize("kind", ["l2", "dot"])
+def test_weights_match_loops(kind):
+  queries, keys = normal(2, 5, 8), normal(2, 6, 8, seed=1)
+  weights = attention_weights(queries, keys, kind)
+  expected = reference.attention_weights(queries, keys, kind)
+  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_l2_attention_is_strongest_to_the_nearest_token():
+  tokens = normal(1, 20, 4)
+  tokens[:, 10:] = tokens[:, :10] + 0.01 * normal(1, 10, 4, seed=1)
+  weights = attention_weights(tokens, tokens, "l2")[0]
+  assert_array_equal(np.argmax(weights, axis=-1), np.arange(20))
+  nearest = np.argsort(weights, axis=-1)[:, -2]
+  assert_array_equal(nearest, (np.arange(20) + 10) % 20)
+
+
+@pytest.mark.parametrize("kind", ["l2", "dot"])
+def test_logits_are_float32_under_bfloat16(kind):
+  # Tokens far from the origin and near to each other: q . k is about 1,000,
+  # where bfloat16 numbers lie 4 apart, and the logits differ by less than 10.
+  rng = np.random.default_rng(0)
+  tokens = 4.0 + rng.integers(-32, 33, size=(2, 6, 64)) / 32
+  tokens = jnp.asarray(tokens, jnp.bfloat16)
+  weights = attention_weights(tokens[:1], tokens[1:], kind)
+  assert weights.dtype == jnp.float32
+  expected = reference.attention_weights(tokens[:1], tokens[1:], kind)
+  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l2", "dot"])
+def test_heads_attend_each_by_itself(kind):
+  queries, keys, values = normal(3, 2, 5, 6)
+  y = attend(queries, keys, values, num_patches=5, num_heads=3, kind=kind)
+  for head in (slice(0, 2), slice(2, 4), slice(4, 6)):
+    weights = reference.attention_weights(
+      queries[..., head], keys[..., head], kind
+    )
+    assert_allclose(y[..., head], weights @ values[..., head], atol=1e-5)
+
+
+def test_group_has_all_patches_and_then_all_extras():
+  patches, extra = normal(BATCH, 4, 3), normal(BATCH, 1, 3, seed=1)
+  tokens = attention.pack(patches, extra, GROUP_SIZE)
+  # Image 17 is the second of the second group.
+  assert_array_equal(tokens[1, 4:8], patches[17])
+  assert_array_equal(tokens[1, 16 * 4 + 1], extra[17, 0])
+  # In a group of its own it is its patches and then its extra.
+  tokens = attention.pack(patches, extra, 1)
+  assert_array_equal(tokens, np.concatenate([patches, extra], axis=1))
+
+
+@pytest.mark.parametrize("group", [1, GROUP_SIZE])
+def test_unpacked_tokens_are_those_that_were_packed(group):
+  patches, extra = normal(BATCH, 4, 3), normal(BATCH, 1, 3, seed=1)
+  unpacked = attention.unpack(attention.pack(patches, extra, group), 4, group)
+  assert_array_equal(unpacked[0], patches)
+  assert_array_equal(unpacked[1], extra)
+
+
+def attend_plainly(*inputs, **options):
+  # Tied keys are the same array as the queries.
+  return attend(
+    inputs[0], inputs[-2], inputs[-1], num_patches=NUM_PATCHES, **options
+  )
+
+
+def attend_by_kernel(*inputs, **options):
+  """Maps tokens [B, N, D], packed on the way if they have an extra one."""
+  is_packed = inputs[0].shape[1] > NUM_PATCHES
+  if is_packed:
+    inputs = [attention.pack(x[:, :-1], x[:, -1:], GROUP_SIZE) for x in inputs]
+  y = attend_plainly(*inputs, **options, implementation="interpret")
+  if is_packed:
+    y = jnp.concatenate(attention.unpack(y, NUM_PATCHES, GROUP_SIZE), axis=1)
+  return y
+
+
+def value_and_gradients(function, inputs, dy, **options):
+  @jax.jit
+  def run(*inputs):
+    y, vjp = jax.vjp(functools.partial(function, **options), *inputs)
+    return y, vjp(dy)
+
+  return run(*inputs)
+
+
+@pytest.mark.parametrize("kind, num_inputs", [("l2", 2), ("dot", 3)])
 @pytest.mark.parametrize("num_extra", [0, 1])
 # Heads of half a register, of a whole one, and a width that fills none.
 @pytest.mark.parametrize("width, num_heads", [(256, 4), (128, 1), (48, 3)])
-def test_kernel_is_plain_attention_with_its_gradient(
-  kind, num_extra, width, num_heads
+def test_kernel_is_plain_attention_with_its_gradients(
+  kind, num_inputs, num_extra, width, num_heads
 ):
-  num_patches = 16
-  shape = (4, BATCH, num_patches + num_extra, width)
-  *inputs, dy = jax.random.normal(jax.random.key(1), shape)
+  shape = (num_inputs + 1, BATCH, NUM_PATCHES + num_extra, width)
+  *inputs, dy = normal(*shape)
   if kind == "l2":  # of unit variance, each token would see itself alone
-    inputs = [0.4 * inputs[0], inputs[-1]]
-  expected, vjp = jax.vjp(
-    lambda *x: plain(*x, num_heads=num_heads, kind=kind), *inputs
-  )
-
-  def kernel(*inputs):
-    y = fused_attention.attend(
-      *(pack(x, num_patches) for x in inputs),
-      num_patches=num_patches,
-      num_heads=num_heads,
-      kind=kind,
-      mesh=mesh_of(2),
-      interpret=True,
-    )
-    return unpack(y, num_patches)
-
-  actual, kernel_vjp = jax.vjp(kernel, *inputs)
+    inputs[0] *= 0.4
+  args = inputs, dy
+  options = dict(num_heads=num_heads, kind=kind)
+  y, gradients = value_and_gradients(attend_by_kernel, *args, **options)
+  expected, plain = value_and_gradients(attend_plainly, *args, **options)
   # Sums of up to 256 float32 products of size one, in another order.
-  np.testing.assert_allclose(actual, expected, atol=2e-5)
-  for gradient, other in zip(kernel_vjp(dy), vjp(dy)):
-    assert np.std(other) > 0.01
-    np.testing.assert_allclose(gradient, other, atol=5e-5)
+  assert_close(y, expected, 2e-5)
+  assert_close(gradients, plain, 5e-5)
 
 
-def test_tokens_of_the_grid_alone_need_no_packing():
-  inputs = jax.random.normal(jax.random.key(2), (3, BATCH, 16, 48))
-  common = dict(num_patches=16, num_heads=3, kind="dot", mesh=mesh_of(1))
-  y = fused_attention.attend(*inputs, **common, interpret=True)
-  np.testing.assert_allclose(
-    y, plain(*inputs, num_heads=3, kind="dot"), atol=1e-5
-  )
+def test_kernel_knows_l2_attention_to_other_keys_than_the_queries():
+  queries, keys, values, dy = normal(4, BATCH, NUM_PATCHES, 48)
+  args = (0.4 * queries, 0.4 * keys, values), dy
+  options = dict(num_heads=3, kind="l2")
+  actual = value_and_gradients(attend_by_kernel, *args, **options)
+  expected = value_and_gradients(attend_plainly, *args, **options)
+  assert_close(actual, expected, 5e-5)
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
-  inputs = 0.4 * jax.random.normal(jax.random.key(3), (2, BATCH, 16, 128))
-  exact = plain(*inputs, num_heads=2, kind="l2")
-  rounded = inputs.astype(jnp.bfloat16)
-  y = fused_attention.attend(
-    *rounded,
-    num_patches=16,
-    num_heads=2,
-    kind="l2",
-    mesh=mesh_of(1),
-    interpret=True,
+  inputs = 0.4 * normal(2, BATCH, NUM_PATCHES, 128)
+  options = dict(num_heads=2, kind="l2")
+  exact = attend_plainly(*inputs, **options)
+  errors = []
+  for function in (attend_plainly, attend_by_kernel):
+    y = function(*jnp.asarray(inputs, jnp.bfloat16), **options)
+    assert y.dtype == jnp.bfloat16
+    errors.append(np.abs(y.astype(jnp.float32) - exact).max())
+  assert 0 < errors[1] < 1.5 * errors[0]
+
+
+def attend_shapes(batch, num_patches, dtype):
+  """Traces attention of ViT-S's width by the kernel."""
+  tokens = jax.ShapeDtypeStruct((batch, num_patches, 384), dtype)
+  return jax.eval_shape(
+    functools.partial(
+      attend,
+      num_patches=num_patches,
+      num_heads=6,
+      kind="dot",
+      implementation="interpret",
+    ),
+    *[tokens] * 3,
   )
-  error = np.abs(y.astype(jnp.float32) - exact).max()
-  plain_error = np.abs(
-    plain(*rounded, num_heads=2, kind="l2").astype(jnp.float32) - exact
-  )
-  assert y.dtype == jnp.bfloat16
-  assert 0 < error < 1.5 * plain_error.max()
-
-
-def test_discriminator_with_the_kernel_is_the_plain_one(interpreted):
-  fields = dict(
-    **NETWORK, overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn"
-  )
-  images = jax.random.normal(jax.random.key(4), (BATCH, 16, 16, 3))
-  network = Discriminator(**fields)
-  variables = network.init(jax.random.key(5), images[:1])
-  fused = Discriminator(**fields, mesh=mesh_of(2))
-  assert_same(network, fused, variables, images)
-  assert interpreted == ["l2"] * NETWORK["depth"]
-
-
-@pytest.mark.parametrize("injection, num_calls", [("sln", 1), ("token", 0)])
-def test_generator_with_the_kernel_is_the_plain_one(
-  interpreted, injection, num_calls
-):
-  fields = dict(
-    **NETWORK,
-    latent_dim=8,
-    mapping_depth=1,
-    mapping_lr_multiplier=1.0,
-    latent_injection=injection,
-    attention="dot",
-    patch_decoder="linear",
-    decoder_dim=8,
-    fourier_scale=2.0,
-  )
-  latents = jax.random.normal(jax.random.key(6), (BATCH, 8))
-  network = Generator(**fields)
-  variables = network.init(jax.random.key(7), latents[:1])
-  assert_same(network, Generator(**fields, mesh=mesh_of(2)), variables, latents)
-  assert interpreted == ["dot"] * num_calls
-
-
-def assert_same(network, fused, variables, inputs):
-  """Checks outputs and gradients of all parameters."""
-
-  def loss(module, params):
-    y = module.apply({**variables, "params": params}, inputs)
-    return jnp.sum(jnp.sin(y)), y
-
-  results = [
-    jax.jit(jax.grad(lambda p, m=module: loss(m, p), has_aux=True))(
-      variables["params"]
-    )
-    for module in (network, fused)
-  ]
-  (expected, y), (gradients, fused_y) = results
-  np.testing.assert_allclose(fused_y, y, atol=1e-5)
-  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
-    # Sums over images and tokens in another order.
-    np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
 @pytest.mark.parametrize(
-  "change, expected",
+  "num_patches, dtype", [(256, jnp.bfloat16), (64, jnp.float32)]
+)
+def test_kernel_takes_images_of_many_patches(num_patches, dtype):
+  shape = attend_shapes(BATCH, num_patches, dtype).shape
+  assert shape == (BATCH, num_patches, 384)
+
+
+@pytest.mark.parametrize(
+  "batch, num_patches, reason",
   [
-    ({}, True),
-    ({"num_patches": 256}, True),
-    ({"dtype": jnp.float32}, True),
-    ({"num_patches": 1024, "dtype": jnp.float32}, False),  # too much memory
-    ({"num_patches": 36}, False),  # rows that do not fill registers
-    ({"batch": BATCH + 16}, False),  # one and a half groups a device
-    ({"mesh": None}, False),
+    (BATCH - 1, 64, "31 images are not a multiple of 16"),
+    (BATCH, 36, "36 tokens an image are not a multiple of 16"),
+    (BATCH, 1024, "1024 tokens an image do not fit the chip's memory"),
   ],
 )
-def test_kernel_is_called_where_it_fits(change, expected):
-  shape = dict(
-    mesh=mesh_of(2),
-    batch=BATCH,
-    num_patches=64,
-    width=384,
-    num_heads=6,
-    dtype=jnp.bfloat16,
-  )
-  assert fused_attention.can_attend(**{**shape, **change}) == expected
-
-
-def test_batch_that_does_not_fall_into_groups_is_attended_plainly(interpreted):
-  fields = dict(
-    **NETWORK, overlap=2, attention="l2", qk_gain=0.4, spectral_norm="isn"
-  )
-  images = jnp.zeros((BATCH - 1, 16, 16, 3))
-  network = Discriminator(**fields, mesh=mesh_of(1))
-  jax.eval_shape(network.init, jax.random.key(0), images)
-  assert not interpreted
+def test_images_that_the_kernel_does_not_take_are_refused(
+  batch, num_patches, reason
+):
+  with pytest.raises(UnsupportedError, match=reason):
+    attend_shapes(batch, num_patches, jnp.bfloat16)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
 import pytest
-from vitgan_jax.models.attention import TransformerBlock
 
-from configs import common
-from tests.reference import gelu, leaves, normal
+from tests.reference import gelu, leaves, normal, standardise
+from vitgan_jax.models import networks
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
+from vitgan_jax.models.transformer import TransformerBlock
 
 SMALL = dict(
   image_size=8,
@@ -26,7 +26,8 @@ SMALL = dict(
 
 def make_discriminator(**overrides):
   """Returns the default discriminator with other fields."""
-  return Discriminator(**{**common.get_config().discriminator, **overrides})
+  fields = networks.DISCRIMINATORS["vitgan"].fields
+  return Discriminator(**{**fields, "num_classes": 0, **overrides})
 
 
 def init(module, *args):
@@ -44,10 +45,10 @@ def dense(params, x):
 
 
 def reference_tokens(params, images, overlap, position_scale):
-  """Returns [class token ; patches + positions] of 8 x 8 images, P = 4."""
+  """Returns [patches + positions ; class token] of 8 x 8 images, P = 4."""
   border = (overlap, overlap)
   padded = np.pad(images, [(0, 0), border, border, (0, 0)])
-  tokens = [np.broadcast_to(params["class_token"][0], (len(images), 16))]
+  tokens = []
   for i, j in np.ndindex(2, 2):
     window = padded[
       :, 4 * i : 4 * (i + 1) + 2 * overlap, 4 * j : 4 * (j + 1) + 2 * overlap
@@ -58,30 +59,44 @@ def reference_tokens(params, images, overlap, position_scale):
     tokens.append(
       dense(params["embedding"], patch) + np.sin(centre @ frequencies)
     )
+  tokens.append(np.broadcast_to(params["class_token"][0], (len(images), 16)))
   return np.stack(tokens, axis=1)
 
 
-@pytest.mark.parametrize("overlap", [0, 2, 4])
-def test_discriminator_matches_its_parts(overlap):
+@pytest.mark.parametrize(
+  "overlap, labels", [(0, None), (2, None), (4, None), (2, np.array([4, 0, 4]))]
+)
+def test_discriminator_matches_its_parts(overlap, labels):
   discriminator = make_discriminator(
-    **{**SMALL, "overlap": overlap}, spectral_norm="none", position_scale=2.0
+    **{**SMALL, "overlap": overlap},
+    num_classes=0 if labels is None else 5,
+    spectral_norm="none",
+    position_scale=2.0,
   )
   images = normal(3, 8, 8, 3)
-  variables = init(discriminator, images)
+  variables = init(discriminator, images, labels)
   params = variables["params"]
   block = TransformerBlock(
     LayerNorm,
     24,
-    dict(num_heads=2, kind="l2", conv=False, qk_gain=discriminator.qk_gain),
+    dict(
+      num_heads=2,
+      num_patches=4,
+      kind="l2",
+      conv=False,
+      qk_gain=discriminator.qk_gain,
+    ),
   )
   tokens = reference_tokens(params, images, overlap, 2.0)
   h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
-  y = np.asarray(h[:, 0])  # the class token
-  y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
   norm = params["norm_out"]
-  y = y * norm["scale"] + norm["bias"]
-  expected = dense(params["head_out"], gelu(dense(params["head_in"], y)))[:, 0]
-  logits = jax.jit(discriminator.apply)(variables, images)
+  token = standardise(np.asarray(h[:, -1])) * norm["scale"] + norm["bias"]
+  y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
+  expected = y[:, 0]
+  if labels is not None:
+    kernel = params["class_embedding"]["kernel"]
+    expected += np.mean(kernel[labels] / np.sqrt(5) * token, axis=-1)
+  logits = jax.jit(discriminator.apply)(variables, images, labels)
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -173,9 +188,9 @@ def test_bfloat16_logits_are_close_to_float32_ones(small):
 def test_attention_entropy_at_init(qk_gain, lowest, highest):
   # At gain 1 and 64 dimensions a head, L2 attention is the identity, and
   # spectral normalisation freezes the scale that makes it so.
-  config = common.get_config().discriminator
+  fields = networks.DISCRIMINATORS["vitgan"].fields
   if qk_gain is None:
-    qk_gain = config.qk_gain
+    qk_gain = fields["qk_gain"]
   discriminator = make_discriminator(
     image_size=32,
     depth=2,
@@ -183,7 +198,7 @@ def test_attention_entropy_at_init(qk_gain, lowest, highest):
     qk_gain=qk_gain,
     spectral_norm="none",  # at init "isn" is this, but for seconds of SVD
   )
-  assert config.width // config.num_heads == 64
+  assert fields["width"] // fields["num_heads"] == 64
   images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3))
 
   @jax.jit

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 
-from configs import common
 from tests.reference import apply, init_params, leaves, normal, standardise
+from vitgan_jax.models import networks
 from vitgan_jax.models.generator import Generator, MappingNetwork
 
 SMALL = dict(
@@ -27,7 +27,8 @@ SMALL = dict(
 
 def make_generator(**overrides):
   """Returns the default generator with other fields."""
-  return Generator(**{**common.get_config().generator, **overrides})
+  fields = networks.GENERATORS["vitgan"].fields
+  return Generator(**{**fields, "num_classes": 0, **overrides})
 
 
 def dense(params, x, lr_multiplier=1.0):
@@ -35,21 +36,30 @@ def dense(params, x, lr_multiplier=1.0):
   return (x @ kernel / np.sqrt(len(kernel)) + bias) * lr_multiplier
 
 
-def reference_mapping(params, latents, lr_multiplier):
-  w = latents / np.sqrt(np.mean(latents**2, axis=-1, keepdims=True))
+def reference_mapping(params, latents, lr_multiplier, labels=None):
+  def unit(x):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+
+  params, w = dict(params), unit(latents)
+  if labels is not None:
+    layer = params.pop("class_embedding")
+    embedding = layer["kernel"][labels] / np.sqrt(len(layer["kernel"]))
+    w = np.concatenate([w, unit(embedding + layer["bias"])], axis=-1)
   for i in range(len(params)):
     y = dense(params[f"dense{i}"], w, lr_multiplier)
     w = np.sqrt(2.0) * np.where(y > 0, y, 0.2 * y)
   return w
 
 
+@pytest.mark.parametrize("labels", [None, np.array([2, 0, 2, 1])])
 @pytest.mark.parametrize("lr_multiplier", [1.0, 0.01])
-def test_mapping_matches_numpy(lr_multiplier):
+def test_mapping_matches_numpy(lr_multiplier, labels):
   latents = 3.0 * normal(4, 6)
-  mapping = MappingNetwork(depth=3, lr_multiplier=lr_multiplier)
-  params = init_params(mapping, latents)
-  expected = reference_mapping(params, latents, lr_multiplier)
-  w = apply(mapping, params, latents)
+  num_classes = 0 if labels is None else 3
+  mapping = MappingNetwork(3, lr_multiplier, num_classes)
+  params = init_params(mapping, latents, labels)
+  expected = reference_mapping(params, latents, lr_multiplier, labels)
+  w = apply(mapping, params, latents, labels)
   assert_allclose(w, expected, rtol=1e-4, atol=1e-5)
 
 

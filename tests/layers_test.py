@@ -1,22 +1,25 @@
-"""Tests of the equalized layers, the norms and the sine embedding."""
+"""Tests of the dense and equalized layers, norms and the sine embedding."""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 import optax
 import pytest
 
-from tests.reference import apply, init_params, normal
+from tests.reference import apply, init_params, normal, standardise
 from vitgan_jax.models.layers import (
   Dense,
   LayerNorm,
+  Linear,
+  Norm,
   SelfModulatedLayerNorm,
   SineEmbedding,
   TokenConv,
   cell_centres,
+  dense,
   leaky_relu,
 )
 
@@ -31,6 +34,48 @@ def test_leaky_relu_has_slope_0_2_and_gain_sqrt_2():
   x = np.array([-2.0, -1.0, 0.0, 3.0])
   expected = np.sqrt(2.0) * np.array([-0.4, -0.2, 0.0, 3.0])
   assert_allclose(leaky_relu(x), expected, rtol=1e-6)
+
+
+def test_linear_rounds_its_factors_but_not_the_result():
+  x, kernel, bias = normal(5, 64), normal(64, 3), normal(3)
+  y = Linear(kernel, bias, jnp.bfloat16)(x)
+  assert y.dtype == jnp.float32
+  x, kernel = (
+    np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, kernel)
+  )
+  assert_allclose(y, x @ kernel + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_sums_gradients_of_weights_in_float32():
+  x = jnp.asarray(normal(4096, 2) + 1.0, jnp.bfloat16)
+  kernel, bias = normal(2, 3), normal(3)
+
+  def loss(kernel, bias):
+    y = dense(x, kernel, bias, jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+    return jnp.sum(y.astype(jnp.float32))
+
+  d_kernel, d_bias = jax.grad(loss, (0, 1))(kernel, bias)
+  expected = np.sum(np.asarray(x, np.float64), axis=0)
+  # bfloat16 would round them by up to 2e-3.
+  assert_allclose(
+    d_kernel, np.broadcast_to(expected[:, None], (2, 3)), rtol=1e-5
+  )
+  assert_array_equal(d_bias, [4096] * 3)
+
+
+def test_dense_has_a_second_derivative():
+  x, kernel = normal(5, 3), normal(3, 4)
+
+  def gradient(layer):
+    def inner(x):
+      return jnp.sum(jnp.sin(layer(x)))
+
+    return jax.grad(lambda x: jnp.sum(jax.grad(inner)(x) ** 2))(x)
+
+  actual = gradient(lambda x: dense(x, kernel, None, jnp.float32))
+  expected = gradient(lambda x: x @ kernel)
+  assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lr_multiplier", [1.0, 0.01])
@@ -104,65 +149,68 @@ def convolve(x, kernel):
 @pytest.mark.parametrize("num_extra", [0, 1])
 def test_token_conv_matches_loops(num_extra):
   grid, width = 4, 5
-  x = normal(2, num_extra + grid**2, width)
+  x = normal(2, grid**2 + num_extra, width)
   layer = TokenConv(3, gain=0.7)
   params = init_params(layer, x)
   kernel = 0.7 / np.sqrt(9 * width) * params["kernel"]
-  patches = convolve(x[:, num_extra:].reshape(2, grid, grid, width), kernel)
+  patches, extra = np.split(x, [grid**2], axis=1)
+  patches = convolve(patches.reshape(2, grid, grid, width), kernel)
   expected = np.concatenate(
-    [x[:, :num_extra] @ kernel[1, 1], patches.reshape(2, grid**2, 3)], axis=1
+    [patches.reshape(2, grid**2, 3), extra @ kernel[1, 1]], axis=1
   )
   expected += params["bias"]
   assert_allclose(apply(layer, params, x), expected, rtol=1e-4, atol=1e-5)
 
 
-def standardise(x):
-  return (x - x.mean(-1, keepdims=True)) / np.sqrt(
-    x.var(-1, keepdims=True) + 1e-6
-  )
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_norm_matches_numpy(num_images):
+  x = 3.0 + 2.0 * normal(6, 8)
+  scale, shift = normal(2, num_images, 8, seed=1)
+  y = Norm(scale, shift)(x)
+  scale, shift = (np.repeat(a, 6 // num_images, axis=0) for a in (scale, shift))
+  assert_allclose(y, standardise(x) * scale + shift, rtol=1e-4, atol=1e-5)
 
 
-def test_layer_norm_matches_numpy():
-  x = 3.0 + 2.0 * normal(2, 5, 8)
-  params = init_params(LayerNorm(), x)
-  scale, bias = params["scale"], params["bias"]
-  expected = standardise(x) * scale + bias
-  assert_allclose(apply(LayerNorm(), params, x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_layer_norm_has_float32_statistics_under_bfloat16():
+def test_norm_has_float32_statistics_under_bfloat16():
   x = jnp.asarray(30.0 + normal(4, 256), jnp.bfloat16)
-  y = apply(
-    LayerNorm(jnp.bfloat16), {"scale": np.ones(256), "bias": np.zeros(256)}, x
-  )
+  y = Norm(np.ones((1, 256)), np.zeros((1, 256)))(x)
   assert y.dtype == jnp.bfloat16
   expected = standardise(np.asarray(x, np.float64))
   # One rounding to eight bits; statistics in bfloat16 would be off by 0.1.
   assert_allclose(y.astype(np.float32), expected, rtol=2.0**-8, atol=1e-4)
 
 
-def test_self_modulated_layer_norm_matches_numpy():
-  h, w = 3.0 + 2.0 * normal(2, 5, 8), normal(2, 6, seed=1)
-  params = init_params(SelfModulatedLayerNorm(), h, w)
-  dense = params["modulation"]
-  gamma, beta = np.split(
-    w @ dense["kernel"] / np.sqrt(6) + dense["bias"], 2, axis=-1
+def test_layer_norm_is_the_same_for_all_rows():
+  params = {"scale": normal(8), "bias": normal(8, seed=1)}
+  norm = LayerNorm().apply({"params": params}, 8, method="weights")
+  assert_array_equal(norm.scale, params["scale"][None])
+  assert_array_equal(norm.shift, params["bias"][None])
+
+
+def test_layer_norm_starts_as_the_plain_norm():
+  norm, _ = LayerNorm().init_with_output(jax.random.key(0), 8, method="weights")
+  x = normal(6, 8)
+  assert_allclose(norm(x), standardise(x), rtol=1e-4, atol=1e-5)
+
+
+def test_w_modulates_the_norm_of_its_image():
+  w = normal(3, 6)
+  params = {"kernel": normal(6, 16), "bias": normal(16)}
+  norm = SelfModulatedLayerNorm().apply(
+    {"params": {"modulation": params}}, 8, w, method="weights"
   )
-  expected = gamma[:, None] * standardise(h) + beta[:, None]
-  y = apply(SelfModulatedLayerNorm(), params, h, w)
-  assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+  expected = w @ params["kernel"] / np.sqrt(6) + params["bias"]
+  assert_allclose(norm.scale, expected[:, :8], rtol=1e-4, atol=1e-5)
+  assert_allclose(norm.shift, expected[:, 8:], rtol=1e-4, atol=1e-5)
 
 
 def test_gamma_starts_around_one_and_beta_around_zero():
-  width, w = 256, normal(64, 32)
-  h = np.tile(np.float32([1.0, -1.0]), width // 2)  # mean 0, std 1
-  h = np.broadcast_to(h, (64, 1, width))
-  norm = SelfModulatedLayerNorm()
-  params = jax.jit(norm.init)(jax.random.key(0), h, w)["params"]
-  plus, minus = apply(norm, params, h, w), apply(norm, params, -h, w)
+  norm, _ = SelfModulatedLayerNorm().init_with_output(
+    jax.random.key(0), 256, normal(64, 32), method="weights"
+  )
   # Means over 64 x 256 numbers of variance 1, 256 of them independent for a w.
-  assert_allclose(np.mean((plus - minus) / 2 * h), 1.0, atol=0.05)
-  assert_allclose(np.mean((plus + minus) / 2), 0.0, atol=0.05)
+  assert_allclose(np.mean(norm.scale), 1.0, atol=0.05)
+  assert_allclose(np.mean(norm.shift), 0.0, atol=0.05)
 
 
 def test_cell_centres_are_row_major_and_span_minus_one_to_one():

@@ -29,5 +29,25 @@ def gelu(x):
   return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 
 
+def attention_weights(queries, keys, kind):
+  """Returns attention weights [B, N, M], one float64 logit at a time."""
+  queries, keys = np.asarray(queries, float), np.asarray(keys, float)
+  logits = np.empty((*queries.shape[:2], keys.shape[1]))
+  for b, i, j in np.ndindex(logits.shape):
+    q, k = queries[b, i], keys[b, j]
+    similarity = -np.sum((q - k) ** 2) if kind == "l2" else np.sum(q * k)
+    logits[b, i, j] = similarity / np.sqrt(len(q))
+  weights = np.exp(logits)
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def assert_close(actual, expected, atol):
+  """Asserts that two pytrees are close, and no leaf of them constant."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    assert np.std(b) > 0.01
+    np.testing.assert_allclose(a, b, atol=atol)
+
+
 def leaves(tree):
   return traverse_util.flatten_dict(tree, sep="/")

@@ -1,69 +1,103 @@
-"""Functions of rows as kernels, interpreted on a CPU, against the plain way."""
+"""Functions of rows as kernels, interpreted, against their plain form."""
 
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from tests.reference import normal
+from tests.reference import assert_close, normal
 from vitgan_jax import partitioning
-from vitgan_jax.models import fused_rows
+from vitgan_jax.kernels import UnsupportedError, rows
+from vitgan_jax.kernels.rows import apply_rows
+from vitgan_jax.models.layers import Linear
 
 WIDTH, HIDDEN = 8, 24
 
 
-def mlp(layer, x, shift, weights):
+def mlp(x, shift, first, second):
   """Takes one shift for several rows, and has two results."""
-  first, second = weights
   y = x.reshape(len(shift), -1, WIDTH) + shift[:, None]
-  y = jnp.tanh(layer(y.reshape(x.shape), *first))
-  return {"y": x + layer(y, *second), "square": y * y}
+  y = jnp.tanh(first(y.reshape(x.shape)))
+  return {"y": x + second(y), "square": y * y}
 
 
-def weights(scale=0.3):
-  return (
-    (scale * normal(WIDTH, HIDDEN), normal(HIDDEN)),
-    (scale * normal(HIDDEN, WIDTH, seed=1), None),
+def weights(dtype=jnp.float32):
+  return {
+    "first": Linear(0.3 * normal(WIDTH, HIDDEN), normal(HIDDEN), dtype),
+    "second": Linear(0.3 * normal(HIDDEN, WIDTH, seed=1), None, dtype),
+  }
+
+
+def apply(x, shift, weights, **options):
+  return apply_rows(mlp, x, shift, **weights, **options)
+
+
+interpret = functools.partial(apply, implementation="interpret")
+
+
+def value_and_gradients(function, *args):
+  """Returns f(*args) and the gradients of a weighted sum of it."""
+  y, vjp = jax.vjp(jax.jit(function), *args)
+  return y, vjp(jax.tree.map(lambda y: normal(*y.shape, seed=3), y))
+
+
+# In one tile, in four, and in four that share their shift.
+@pytest.mark.parametrize("num_shifts, max_rows", [(8, 512), (8, 32), (1, 32)])
+def test_kernel_is_the_function_with_its_gradients(num_shifts, max_rows):
+  args = normal(8, 16, WIDTH), normal(num_shifts, WIDTH, seed=2), weights()
+  expected, gradients = value_and_gradients(apply, *args)
+  assert expected["square"].shape == (8, 16, HIDDEN)
+  y, kernel_gradients = value_and_gradients(
+    functools.partial(interpret, max_rows=max_rows), *args
   )
+  assert_close(y, expected, 1e-5)
+  # Sums over 128 rows in another order.
+  assert_close(kernel_gradients, gradients, 1e-4)
 
 
-def apply(x, shift, weights, num_devices=0, **options):
-  options = {"dtype": jnp.float32, **options}
-  if num_devices:
-    mesh = partitioning.create_mesh(jax.devices()[:num_devices])
-    options.update(mesh=mesh, interpret=True)
+def test_kernel_takes_the_share_of_a_device():
+  mesh = partitioning.create_mesh(jax.devices()[:2])
+  args = normal(8, 16, WIDTH), normal(8, WIDTH, seed=2), weights()
+  split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+  on_two = jax.shard_map(
+    interpret,
+    mesh=mesh,
+    in_specs=(split, split, whole),
+    out_specs=split,
+    check_vma=False,
+  )
+  y, gradients = value_and_gradients(on_two, *args)
+  expected, plain_gradients = value_and_gradients(apply, *args)
+  assert_close(y, expected, 1e-5)
+  assert_close(gradients, plain_gradients, 1e-4)
 
-  @jax.jit  # the kernel's gradients are not known outside
-  def run(x, shift, weights):
-    return fused_rows.apply(
-      mlp, x, {"shift": shift}, {"weights": weights}, **options
+
+def pixels(x, colours, layer):
+  return jnp.concatenate([layer(x * colour) for colour in colours], axis=-1)
+
+
+def test_split_changes_the_number_of_kernels_alone():
+  args = normal(2, 16, WIDTH), normal(5, WIDTH), weights()["first"]
+
+  def run(x, colours, layer, split=None):
+    return apply_rows(
+      pixels,
+      x,
+      colours=colours,
+      layer=layer,
+      split=split,
+      implementation="interpret",
     )
 
-  return run(x, shift, weights)
-
-
-def assert_close(actual, expected, atol):
-  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-    assert np.std(b) > 0.01
-    np.testing.assert_allclose(a, b, atol=atol)
-
-
-# One tile on each of two devices, and four on one.
-@pytest.mark.parametrize("num_devices, max_rows", [(2, 512), (1, 32)])
-def test_kernel_is_the_function_with_its_gradients(num_devices, max_rows):
-  args = normal(8, 16, WIDTH), normal(8, WIDTH, seed=2), weights()
-  expected, vjp = jax.vjp(apply, *args)
-  actual, kernel_vjp = jax.vjp(
-    functools.partial(apply, num_devices=num_devices, max_rows=max_rows), *args
+  in_parts = functools.partial(run, split=("colours", 2))
+  assert str(jax.make_jaxpr(in_parts)(*args)).count("pallas_call[") == 3
+  assert_close(
+    value_and_gradients(in_parts, *args), value_and_gradients(run, *args), 1e-4
   )
-  assert expected["square"].shape == (8, 16, HIDDEN)
-  assert_close(actual, expected, 1e-5)
-  dy = jax.tree.map(lambda y: normal(*y.shape, seed=3), expected)
-  # Sums over 128 rows in another order.
-  assert_close(kernel_vjp(dy), vjp(dy), 1e-4)
 
 
 def test_what_is_shared_has_a_gradient_only_if_it_is_asked_for():
@@ -71,7 +105,7 @@ def test_what_is_shared_has_a_gradient_only_if_it_is_asked_for():
 
   def loss(*args):
     # Of one result alone: the other's gradient is a symbolic zero.
-    return jnp.sum(jnp.sin(apply(*args, num_devices=1)["y"]))
+    return jnp.sum(jnp.sin(interpret(*args)["y"]))
 
   def names(argnums):
     text = str(jax.make_jaxpr(jax.grad(loss, argnums))(*args))
@@ -79,73 +113,59 @@ def test_what_is_shared_has_a_gradient_only_if_it_is_asked_for():
 
   assert names((0, 1)) == {"mlp_backward_of_rows"}
   assert names((0, 1, 2)) == {"mlp_backward"}
-  alone, together = (
-    jax.grad(loss, (0, 1))(*args),
-    jax.grad(loss, (0, 1, 2))(*args),
-  )
+  alone = jax.jit(jax.grad(loss, (0, 1)))(*args)
+  together = jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
   assert_close(alone, together[:2], 1e-6)
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_plain_way():
-  args = normal(4, 16, WIDTH), normal(4, WIDTH, seed=2), weights()
-  exact = apply(*args)["y"]
-  args = *(jnp.asarray(x, jnp.bfloat16) for x in args[:2]), args[2]
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form():
+  args = normal(4, 16, WIDTH), normal(4, WIDTH, seed=2)
+  exact = apply(*args, weights())["y"]
+  args = *(jnp.asarray(x, jnp.bfloat16) for x in args), weights(jnp.bfloat16)
   errors = []
-  for num_devices in (0, 1):
-    y = apply(*args, num_devices=num_devices, dtype=jnp.bfloat16)["y"]
+  for function in (apply, interpret):
+    y = jax.jit(function)(*args)["y"]
     assert y.dtype == jnp.bfloat16
     errors.append(np.abs(y.astype(jnp.float32) - exact).max())
   assert 0 < errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize(
-  "num_rows, num_shifts, factor, num_tiles",
+  "num_rows, num_shifts, num_weights, num_tiles",
   [
-    (4096, 4096, 1, 4),  # of 512 rows on each of two devices
-    (4096, 2, 1, None),  # a shift is not to be cut
-    (4096, 8, 1, 4),
-    (4160, 4160, 1, 5),  # of 416 rows
-    (24, 24, 1, None),  # no whole registers
-    (2048, 2048, 8000, 8),  # more weights: fewer rows
-    (2048, 2048, 10_000, None),  # weights that do not fit
+    (2048, 2048, 1, 4),  # of 512 rows
+    (2048, 4, 1, 4),
+    (2080, 2080, 1, 5),  # of 416 rows
+    (1040, 1040, 1, 5),  # of 208 rows: 260 would fill no registers
+    (2048, 2048, 8000, 16),  # more weights: fewer rows
   ],
 )
-def test_tiles_are_as_few_as_fit(num_rows, num_shifts, factor, num_tiles):
-  tiled = np.zeros((num_rows, 384)), {"shift": np.zeros((num_shifts, 384))}
-  shared = {"w": jax.ShapeDtypeStruct((factor, 1024), jnp.float32)}
-  assert fused_rows._num_tiles(tiled, shared, 2, 512) == num_tiles
+def test_tiles_are_as_few_as_fit(num_rows, num_shifts, num_weights, num_tiles):
+  tiled = [np.zeros((num_rows, 384)), np.zeros((num_shifts, 384))]
+  shared = {"w": jax.ShapeDtypeStruct((num_weights, 1024), jnp.float32)}
+  assert rows._num_tiles(tiled, shared, 512) == num_tiles
 
 
-def test_dense_sums_gradients_of_weights_in_float32():
-  x = jnp.asarray(normal(4096, 2) + 1.0, jnp.bfloat16)
-  kernel, bias = normal(2, 3), normal(3)
-
-  def loss(kernel, bias):
-    y = fused_rows.dense(x, kernel, bias, jnp.bfloat16, jnp.bfloat16)
-    assert y.dtype == jnp.bfloat16
-    return jnp.sum(y.astype(jnp.float32))
-
-  d_kernel, d_bias = jax.grad(loss, (0, 1))(kernel, bias)
-  expected = np.sum(np.asarray(x, np.float64), axis=0)
-  # bfloat16 would round them by up to 2e-3.
-  np.testing.assert_allclose(
-    d_kernel, np.broadcast_to(expected[:, None], (2, 3)), rtol=1e-5
+@pytest.mark.parametrize(
+  "num_rows, num_shifts, hidden, reason",
+  [
+    (2048, 2, 8, "2048 rows fall into no tiles of at most 512 rows"),
+    (24, 24, 8, "24 rows fall into no tiles .* in multiples of 16"),
+    (2048, 2048, 10**6, "the weights do not fit the chip's memory"),
+  ],
+)
+def test_rows_that_no_kernel_takes_are_refused(
+  num_rows, num_shifts, hidden, reason
+):
+  shapes = jax.eval_shape(
+    lambda: (
+      jnp.zeros((num_rows, WIDTH)),
+      jnp.zeros((num_shifts, WIDTH)),
+      {
+        "first": Linear(jnp.zeros((WIDTH, hidden)), None),
+        "second": Linear(jnp.zeros((hidden, WIDTH)), None),
+      },
+    )
   )
-  np.testing.assert_array_equal(d_bias, [4096] * 3)
-
-
-def test_dense_has_a_second_derivative():
-  x, kernel = normal(5, 3), normal(3, 4)
-
-  def gradient(layer):
-    def inner(x):
-      return jnp.sum(jnp.sin(layer(x, kernel)))
-
-    return jax.grad(lambda x: jnp.sum(jax.grad(inner)(x) ** 2))(x)
-
-  def layer(x, kernel):
-    return fused_rows.dense(x, kernel, None, jnp.float32, jnp.float32)
-
-  np.testing.assert_allclose(
-    gradient(layer), gradient(lambda x, w: x @ w), rtol=1e-4, atol=1e-5
-  )
+  with pytest.raises(UnsupportedError, match=reason):
+    jax.eval_shape(interpret, *shapes)

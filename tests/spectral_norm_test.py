@@ -9,15 +9,15 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import optax
 import pytest
-from vitgan_jax.models.attention import MultiHeadAttention
 
 from tests.reference import normal
-from vitgan_jax.models.layers import Dense, TokenConv
+from vitgan_jax.models.layers import Dense, Norm, TokenConv
 from vitgan_jax.models.spectral_norm import (
   SpectralNorm,
   power_iteration,
   spectral_sigma,
 )
+from vitgan_jax.models.transformer import MultiHeadAttention
 
 
 def spectral_state(u, sigma_init):
@@ -257,10 +257,15 @@ def test_convolution_is_normalised_as_one_matrix():
 
 def test_projections_of_all_heads_are_normalised_as_one_matrix():
   module = MultiHeadAttention(
-    num_heads=4, kind="dot", conv=False, qk_gain=0.5, spectral_norm="isn"
+    num_heads=4,
+    num_patches=4,
+    kind="dot",
+    conv=False,
+    qk_gain=0.5,
+    spectral_norm="isn",
   )
-  norm = {"scale": np.ones((1, 16)), "shift": np.zeros((1, 16))}
-  params, spectral = init_spectral(module, normal(1, 4, 16), {}, norm)
+  norm = Norm(np.ones((1, 16)), np.zeros((1, 16)))
+  params, spectral = init_spectral(module, normal(1, 4, 16), norm)
   for name, gain in dict(query=0.5, key=0.5, value=1.0, out=1.0).items():
     sigma = np.linalg.norm(gain * params[f"{name}.kernel"] / np.sqrt(16), 2)
     assert_allclose(spectral[f"{name}.norm.sigma_init"], sigma, rtol=1e-5)

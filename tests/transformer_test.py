@@ -1,4 +1,4 @@
-"""Tests of attention and of the transformer block, against loops in numpy."""
+"""Tests of the transformer block and its attention, against numpy."""
 
 import functools
 
@@ -7,57 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
-from vitgan_jax.models.attention import (
+
+from tests.reference import (
+  apply,
+  attention_weights,
+  gelu,
+  init_params,
+  normal,
+  standardise,
+)
+from vitgan_jax.kernels import UnsupportedError
+from vitgan_jax.models.layers import LayerNorm, Norm, SelfModulatedLayerNorm
+from vitgan_jax.models.transformer import (
   MultiHeadAttention,
   TransformerBlock,
-  attention_weights,
   relative_entropy,
 )
-
-from tests.reference import apply, gelu, init_params, normal, standardise
-from vitgan_jax.models.layers import LayerNorm, SelfModulatedLayerNorm
-
-
-def naive_weights(queries, keys, kind):
-  """Returns attention weights [B, N, M], one float64 logit at a time."""
-  queries, keys = np.asarray(queries, float), np.asarray(keys, float)
-  logits = np.empty((*queries.shape[:2], keys.shape[1]))
-  for b, i, j in np.ndindex(logits.shape):
-    q, k = queries[b, i], keys[b, j]
-    similarity = -np.sum((q - k) ** 2) if kind == "l2" else np.sum(q * k)
-    logits[b, i, j] = similarity / np.sqrt(len(q))
-  weights = np.exp(logits)
-  return weights / weights.sum(axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("kind", ["l2", "dot"])
-def test_weights_match_loops(kind):
-  queries, keys = normal(2, 5, 8), normal(2, 6, 8, seed=1)
-  weights = attention_weights(queries, keys, kind)
-  expected = naive_weights(queries, keys, kind)
-  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_l2_attention_is_strongest_to_the_nearest_token():
-  tokens = normal(1, 20, 4)
-  tokens[:, 10:] = tokens[:, :10] + 0.01 * normal(1, 10, 4, seed=1)
-  weights = attention_weights(tokens, tokens, "l2")[0]
-  assert_array_equal(np.argmax(weights, axis=-1), np.arange(20))
-  nearest = np.argsort(weights, axis=-1)[:, -2]
-  assert_array_equal(nearest, (np.arange(20) + 10) % 20)
-
-
-@pytest.mark.parametrize("kind", ["l2", "dot"])
-def test_logits_are_float32_under_bfloat16(kind):
-  # Tokens far from the origin and near to each other: q . k is about 1,000,
-  # where bfloat16 numbers lie 4 apart, and the logits differ by less than 10.
-  rng = np.random.default_rng(0)
-  tokens = 4.0 + rng.integers(-32, 33, size=(2, 6, 64)) / 32
-  tokens = jnp.asarray(tokens, jnp.bfloat16)
-  weights = attention_weights(tokens[:1], tokens[1:], kind)
-  assert weights.dtype == jnp.float32
-  expected = naive_weights(tokens[:1], tokens[1:], kind)
-  assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -92,39 +57,61 @@ def reference_attention(params, x, num_heads, kind, qk_gain=1.0):
     keys = queries
     if kind == "dot":
       keys = dense(params["key"], x, qk_gain)[..., columns]
-    weights.append(naive_weights(queries, keys, kind))
+    weights.append(attention_weights(queries, keys, kind))
     outputs.append(weights[-1] @ dense(params["value"], x)[..., columns])
   return dense(params["out"], np.concatenate(outputs, axis=-1)), weights
 
 
-# Of width 6, without a scale or a shift.
-NORM = ({}, {"scale": np.ones((1, 6)), "shift": np.zeros((1, 6))})
+NORM = Norm(np.ones((1, 6)), np.zeros((1, 6)))  # without a scale or a shift
+make_attention = functools.partial(
+  MultiHeadAttention, num_heads=2, num_patches=4, kind="dot", conv=False
+)
 
 
 @pytest.mark.parametrize("kind", ["l2", "dot"])
 def test_multi_head_attention_matches_loop_over_heads(kind):
   x = normal(2, 5, 6)
-  module = MultiHeadAttention(num_heads=3, kind=kind, conv=False, qk_gain=0.5)
-  params = init_params(module, x, *NORM)
-  (_, y, out), state = module.apply(
-    {"params": params}, x, *NORM, mutable="intermediates"
+  module = make_attention(num_heads=3, kind=kind, qk_gain=0.5)
+  params = init_params(module, x, NORM)
+  (h, y, out), state = module.apply(
+    {"params": params}, x, NORM, mutable="intermediates"
   )
-  y = y @ out[0] + out[1]
+  assert_array_equal(h, x)
+  y = np.stack([out(tokens) for tokens in y])
   expected, weights = reference_attention(
     params, standardise(x), 3, kind, qk_gain=0.5
   )
   assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+  sown = {name: y for name, (y,) in state["intermediates"].items()}
+  assert_allclose(
+    sown["attention_weights"], np.stack(weights, 1), rtol=1e-4, atol=1e-5
+  )
   entropy = -np.sum(weights * np.log(weights), axis=-1).mean() / np.log(5)
-  (sown,) = state["intermediates"]["attention_entropy"]
-  assert_allclose(sown, entropy, rtol=1e-4)
+  assert_allclose(sown["attention_entropy"], entropy, rtol=1e-4)
+
+
+def test_kernel_shows_no_attention_weights():
+  module = make_attention(num_patches=16, implementation="interpret")
+  x = normal(16, 16, 6)
+  variables = jax.eval_shape(module.init, jax.random.key(0), x, NORM)
+  _, state = jax.eval_shape(
+    lambda v: module.apply(v, x, NORM, mutable="intermediates"), variables
+  )
+  assert not state
+
+
+def test_convolutional_projections_have_no_kernel():
+  module = make_attention(conv=True, implementation="interpret")
+  with pytest.raises(UnsupportedError, match="convolutional projections"):
+    jax.eval_shape(module.init, jax.random.key(0), normal(16, 16, 6), NORM)
 
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_only_l2_attention_ties_query_and_key(conv):
   def parameters(kind):
-    module = MultiHeadAttention(num_heads=2, kind=kind, conv=conv)
+    module = make_attention(kind=kind, conv=conv)
     variables = jax.eval_shape(
-      module.init, jax.random.key(0), normal(1, 4, 6), *NORM
+      module.init, jax.random.key(0), normal(1, 4, 6), NORM
     )
     return set(variables["params"])
 
@@ -133,20 +120,17 @@ def test_only_l2_attention_ties_query_and_key(conv):
 
 
 def test_convolution_that_sees_only_its_centre_is_the_dense_projection():
-  x, width = normal(2, 5, 6), 6  # a 2 x 2 grid and a leading token
-  modules = [
-    MultiHeadAttention(num_heads=2, kind="dot", conv=conv)
-    for conv in (False, True)
-  ]
-  params = init_params(modules[0], x, *NORM)
+  x, width = normal(2, 5, 6), 6  # a 2 x 2 grid and an extra token
+  modules = [make_attention(conv=conv) for conv in (False, True)]
+  params = init_params(modules[0], x, NORM)
   conv_params = dict(params)
   for name in ("query", "key", "value"):
     kernel = np.zeros((3, 3, width, width), np.float32)
     # The scales are 1 / sqrt(width) and 1 / sqrt(9 width).
     kernel[1, 1] = 3.0 * params[name]["kernel"]
     conv_params[name] = {**params[name], "kernel": kernel}
-  _, expected, _ = apply(modules[0], params, x, *NORM)
-  _, y, _ = apply(modules[1], conv_params, x, *NORM)
+  _, expected, _ = apply(modules[0], params, x, NORM)
+  _, y, _ = apply(modules[1], conv_params, x, NORM)
   assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -171,7 +155,7 @@ NORMS = pytest.mark.parametrize(
 make_block = functools.partial(
   TransformerBlock,
   mlp_dim=10,
-  attention=dict(num_heads=2, kind="l2", conv=False),
+  attention=dict(num_heads=2, num_patches=4, kind="l2", conv=False),
 )
 
 

@@ -68,11 +68,10 @@ def pack(patches, extra, group):
 
 
 def unpack(tokens, num_patches, group):
-  """Undoes `pack`: returns (patches [B, N, D], extra [B, 1 or 0, D])."""
+  """Undoes `pack`: returns (patches [B, N, D], extra [B, 1, D])."""
   width = tokens.shape[-1]
   patches, extra = jnp.split(tokens, [group * num_patches], axis=1)
-  patches = patches.reshape(-1, num_patches, width)
-  return patches, extra.reshape(len(patches), -1, width)
+  return patches.reshape(-1, num_patches, width), extra.reshape(-1, 1, width)
 
 
 def attention_weights(queries, keys, kind):

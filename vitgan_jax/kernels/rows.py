@@ -33,8 +33,9 @@ def apply_rows(
 ):
   """Applies a function of rows.
 
-  As a kernel it has no second derivative, gradient penalties take the plain
-  way, and a first one under `jax.jit` only.
+  A kernel takes the rows of one device: a batch that several share is split by
+  `jax.shard_map(check_vma=False)`, inside of `jax.jit`. It has no second
+  derivative: gradient penalties take the plain form.
 
   Args:
     function: called as `function(x, *others, **shared)`, of arrays of two
@@ -145,11 +146,9 @@ def _num_tiles(tiled, shared, max_rows):
   memory = _VMEM_BYTES - 3 * 4 * sum(x.size for x in shared)
   max_rows = min(max_rows, memory // (8 * 4 * width))
   for num_tiles in range(1, divisor + 1):
-    size, rest = divmod(num_rows, num_tiles)
-    if divisor % num_tiles == 0 and not rest and size <= max_rows:
-      if size and size % _REGISTER_ROWS == 0:
-        return num_tiles
-      break
+    size = num_rows // num_tiles
+    if size <= max_rows and not (divisor % num_tiles or size % _REGISTER_ROWS):
+      return num_tiles
   raise UnsupportedError(
     f"{num_rows} rows fall into no tiles of at most {max_rows} rows in "
     f"multiples of {_REGISTER_ROWS}"
