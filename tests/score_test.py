@@ -1,11 +1,10 @@
-import contextlib
 import io
 import json
 
 import numpy as np
 import pytest
 
-from tests import datasets, networks
+from tests import datasets, networks, runs
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import prepare
@@ -113,32 +112,19 @@ def test_same_images_are_at_no_distance():
   assert result["coverage_tiny1k"] == 1
 
 
-def run_main(monkeypatch, *arguments, **options):
-  """Runs the command in this process; returns what it printed."""
-  values = {"features": "inception", "inception_weights": "", "json": False}
-
-  class Flags:
-    FLAGS = type("", (), values | options)
-
-  monkeypatch.setattr(score, "flags", Flags)
-  monkeypatch.setattr(
-    score.features, "load_network", lambda name, weights: networks.tiny()
-  )
-  output = io.StringIO()
-  with contextlib.redirect_stdout(output):
-    score.main(list(arguments))
-  return output.getvalue()
-
-
 def test_command_prints_a_table_or_json(tmp_path, monkeypatch):
-  paths = [
-    str(write("npz", tmp_path, smooth(1000, seed=0))),
-    str(write("folder", tmp_path, smooth(1000, seed=1))),
-  ]
-  table = run_main(monkeypatch, *paths)
-  assert "fd_tiny1k" in table and paths[0] in table
-  record = json.loads(run_main(monkeypatch, *paths, json=True))
-  assert record["real"] == paths[0] and record["num_fake"] == 1000
+  monkeypatch.setattr(
+    features, "load_network", lambda name, weights: networks.tiny()
+  )
+  write("npz", tmp_path, smooth(1000, seed=0))
+  write("folder", tmp_path, smooth(1000, seed=1))
+  command = ("vitgan_jax.metrics.score", "images.npz", "images")
+  code, table, errors = runs.call(*command, cwd=tmp_path)
+  assert code == 0, errors
+  assert "fd_tiny1k" in table and "images.npz" in table
+  _, output, _ = runs.call(*command, "--json", cwd=tmp_path)
+  record = json.loads(output)
+  assert record["real"] == "images.npz" and record["num_fake"] == 1000
   assert record["network_sha256"] == "0" * 64
   assert f"{record['fd_tiny1k']:.5g}" in table
 
