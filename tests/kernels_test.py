@@ -114,7 +114,7 @@ def test_all_that_has_a_kernel_runs_as_one(network):
     (
       make_discriminator,
       {"image_size": 128, "width": 384},
-      "16384 patches of a group do not fit",
+      "16384 rows that belong together do not fit",
     ),
     (
       make_generator,

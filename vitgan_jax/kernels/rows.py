@@ -29,7 +29,14 @@ _REGISTER_ROWS = 16  # of bfloat16
 
 
 def apply_rows(
-  function, x, *others, implementation="xla", max_rows=512, split=None, **shared
+  function,
+  x,
+  *others,
+  implementation="xla",
+  max_rows=512,
+  unit=1,
+  split=None,
+  **shared,
 ):
   """Applies a function of rows.
 
@@ -47,6 +54,8 @@ def apply_rows(
       with all.
     implementation: "xla", "pallas" or "interpret".
     max_rows: at a time, in the kernel: more make it faster and its code longer.
+    unit: rows that belong together: a kernel takes a whole number of units, and
+      one at least.
     split: (name, n): what the rows of shared[name] give are columns of the
       result, side by side, and a kernel takes n of them: its code has them all,
       one after the other.
@@ -74,6 +83,7 @@ def apply_rows(
         *others,
         implementation=implementation,
         max_rows=max_rows,
+        unit=unit,
         **{**shared, name: part},
       )
       for part in parts
@@ -81,7 +91,7 @@ def apply_rows(
     y = jax.tree.map(lambda *y: jnp.concatenate(y, axis=-1), *columns)
   else:
     is_interpreted = implementation == "interpret"
-    y = _run(function, rows, others, shared, max_rows, is_interpreted)
+    y = _run(function, rows, others, shared, max_rows, unit, is_interpreted)
   return jax.tree.map(
     lambda y: y.astype(x.dtype).reshape(*x.shape[:-2], -1, y.shape[-1]), y
   )
@@ -111,13 +121,13 @@ class _Function(NamedTuple):
     return jax.tree.map(lambda y: y.astype(jnp.float32), y)
 
 
-def _run(function, x, others, shared, max_rows, interpret):
+def _run(function, x, others, shared, max_rows, unit, interpret):
   """Runs a function of rows as a kernel; see `apply_rows`."""
   leaves, structure = jax.tree.flatten(others)
   is_shared = tuple(len(leaf) == 1 for leaf in leaves)
   tiled = [x, *(y for y, s in zip(leaves, is_shared) if not s)]
   shared = [y for y, s in zip(leaves, is_shared) if s], shared
-  num_tiles = _num_tiles(tiled, shared, max_rows)
+  num_tiles = _num_tiles(tiled, shared, max_rows, unit)
   tiles = [y.reshape(num_tiles, -1, y.shape[-1]) for y in tiled]
   # Registers have two dimensions.
   shared = jax.tree.map(jnp.atleast_2d, shared)
@@ -129,7 +139,7 @@ def _as_rows(x):
   return x.reshape(-1, x.shape[-1])
 
 
-def _num_tiles(tiled, shared, max_rows):
+def _num_tiles(tiled, shared, max_rows, unit=1):
   """Returns into how many tiles the rows fall.
 
   All arrays of rows must fall into as many.
@@ -144,16 +154,19 @@ def _num_tiles(tiled, shared, max_rows):
   # inputs and outputs.
   width = max(x.shape[-1] for x in (tiled[0], *shared))
   memory = _VMEM_BYTES - 3 * 4 * sum(x.size for x in shared)
-  max_rows = min(max_rows, memory // (8 * 4 * width))
+  max_rows = min(max(max_rows, unit), memory // (8 * 4 * width))
+  multiple = math.lcm(unit, _REGISTER_ROWS)
   for num_tiles in range(1, divisor + 1):
     size = num_rows // num_tiles
-    if size <= max_rows and not (divisor % num_tiles or size % _REGISTER_ROWS):
+    if size <= max_rows and not (divisor % num_tiles or size % multiple):
       return num_tiles
   raise UnsupportedError(
-    f"{num_rows} rows fall into no tiles of at most {max_rows} rows in "
-    f"multiples of {_REGISTER_ROWS}"
-    if max_rows >= _REGISTER_ROWS
+    f"{num_rows} rows fall into no tiles of at most {max_rows} rows, in "
+    f"multiples of {multiple}"
+    if max_rows >= multiple
     else "the weights do not fit the chip's memory"
+    if max_rows < _REGISTER_ROWS
+    else f"{unit} rows that belong together do not fit the chip's memory"
   )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vitgan_jax.config import check_fields
-from vitgan_jax.kernels import UnsupportedError, attention
+from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, LayerNorm, SineEmbedding
 from vitgan_jax.models.patches import overlapping_patches
@@ -25,17 +25,9 @@ def embed(patches, embedding, positions, class_tokens):
 
   Returns:
     Rows [T + T / N, D]: of each group all patches, then the class tokens.
-
-  Raises:
-    UnsupportedError: if a kernel has no room for a whole group.
   """
-  group_rows = len(class_tokens) * len(positions)
-  if len(patches) % group_rows:
-    raise UnsupportedError(
-      f"{group_rows} patches of a group do not fit the chip's memory"
-    )
   y = embedding(patches).reshape(-1, *positions.shape) + positions
-  y = y.reshape(-1, group_rows, y.shape[-1])
+  y = y.reshape(-1, len(class_tokens) * len(positions), y.shape[-1])
   class_tokens = jnp.broadcast_to(class_tokens, (len(y), *class_tokens.shape))
   return jnp.concatenate([y, class_tokens], axis=1).reshape(-1, y.shape[-1])
 
@@ -123,7 +115,7 @@ class Discriminator(nn.Module):
       positions=positions,
       class_tokens=jnp.broadcast_to(class_token[0], (group, self.width)),
       implementation=self.implementation,
-      max_rows=group * num_patches,
+      unit=group * num_patches,
     )
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
