@@ -1,27 +1,41 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
-from vitgan_jax import train_state
+from vitgan_jax import partitioning, train_state
+from vitgan_jax.models import networks
+
+
+def state_shapes(config):
+  return train_state.state_shapes(
+    config, networks.build(config), partitioning.create_mesh()
+  )
+
+
+@functools.cache
+def state_of_seed(seed):
+  config = tiny.tiny_config(seed=seed)
+  mesh = partitioning.create_mesh(jax.devices()[:1])
+  return train_state.init_train_state(config, networks.build(config), mesh)
 
 
 @pytest.fixture(scope="module")
 def state():
-  return train_state.create_train_state(tiny.tiny_config())
+  return state_of_seed(0)
 
 
 def test_state_is_a_function_of_the_seed(state):
-  again = train_state.create_train_state(tiny.tiny_config())
-  tiny.assert_bit_equal(again, state)
+  tiny.assert_bit_equal(state_of_seed.__wrapped__(0), state)
 
 
-@pytest.mark.parametrize("field", ["g_params", "d_params", "key"])
-def test_another_seed_gives_another_state(state, field):
-  other = train_state.create_train_state(tiny.tiny_config(seed=1))
+def test_another_seed_gives_another_state(state):
   leaves, others = (
-    tiny.leaves_by_name(tiny.to_host(getattr(s, field))) for s in (state, other)
+    tiny.leaves_by_name(tiny.to_host((s.key, s.g_params, s.d_params)))
+    for s in (state, state_of_seed(1))
   )
   for name, leaf in leaves.items():
     constant_at_init = name.endswith("bias") or name.endswith("scale")
@@ -40,7 +54,7 @@ def test_networks_do_not_share_their_random_numbers(state):
 
 def test_run_starts_at_step_zero_with_the_average_at_the_generator(state):
   assert state.step == 0 and state.step.dtype == jnp.int32
-  tiny.assert_bit_equal(state.g_ema_params, state.g_params)
+  tiny.assert_bit_equal(state.g_ema_variables, state.g_variables)
   assert state.logit_ema == {"real": 0.0, "fake": 0.0}
 
 
@@ -64,65 +78,138 @@ def test_every_d_kernel_has_its_spectral_variables_in_the_state(state):
     if name.startswith("d_params/") and name.endswith("/kernel")
   ]
   assert len(layers) == 8  # embedding, tied q/k, value, out, MLP 2, head 2
-  assert {n for n in names if n.startswith("d_spectral/")} == {
-    f"d_spectral/{layer}/norm/{variable}"
+  assert {n for n in names if n.startswith("d_model_state/")} == {
+    f"d_model_state/spectral/{layer}/norm/{variable}"
     for layer in layers
     for variable in ("u", "sigma_init")
   }
 
 
-def test_without_spectral_normalisation_the_collection_is_empty():
+def test_a_network_that_keeps_nothing_has_no_model_state(state):
   config = tiny.tiny_config({"discriminator.spectral_norm": "none"})
-  state = jax.eval_shape(lambda: train_state.create_train_state(config))
-  assert not jax.tree.leaves(state.d_spectral)
+  assert state_shapes(config).d_model_state == {} == state.g_model_state
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_are_float32_whatever_the_computation_is(dtype):
   config = tiny.tiny_config(dtype=dtype)
-  state = jax.eval_shape(lambda: train_state.create_train_state(config))
-  for name, leaf in tiny.leaves_by_name(state).items():
+  for name, leaf in tiny.leaves_by_name(state_shapes(config)).items():
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
       assert leaf.dtype == jnp.float32, name
-  for model in train_state.build_models(config):
-    assert model.dtype == jnp.dtype(dtype)
+  for network in networks.build(config)[:2]:
+    assert network.dtype == jnp.dtype(dtype)
 
 
-@pytest.mark.parametrize("which, rate", [(0, 0.03), (1, 0.005)])
-@pytest.mark.parametrize("b1", [0.0, 0.5])
-def test_optimisers_are_adam_with_the_configs_numbers(which, rate, b1):
-  b2, eps = 0.99, 1e-3  # an eps that can be seen
-  config = tiny.tiny_config(
-    {
-      "optimizer.g_learning_rate": 0.03,
-      "optimizer.d_learning_rate": 0.005,
-      "optimizer.b1": b1,
-      "optimizer.b2": b2,
-      "optimizer.eps": eps,
-    }
+def optimizers(g=None, d=None, **fields):
+  """Returns (G's, D's) of a config with the given fields of each."""
+  return train_state.build_optimizers(
+    tiny.tiny_config(
+      {f"g_optimizer.{name}": value for name, value in (g or {}).items()}
+      | {f"d_optimizer.{name}": value for name, value in (d or {}).items()},
+      **fields,
+    )
   )
-  optimizer = train_state.build_optimisers(config)[which]
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=5)
+
+
+def parameters_over(optimizer, x, gradients):
+  """Returns x [N] after each update by the gradients [T, N]."""
   params = jnp.asarray(x, jnp.float32)
   opt_state = optimizer.init(params)
-  m, v = np.zeros(5), np.zeros(5)
-  for t in range(1, 4):
-    gradient = rng.normal(size=5) * 10.0 ** np.arange(-3, 2)
-    m = b1 * m + (1 - b1) * gradient
-    v = b2 * v + (1 - b2) * gradient**2
-    x -= rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
-    updates, opt_state = optimizer.update(
+  update = jax.jit(optimizer.update)
+  result = []
+  for gradient in gradients:
+    updates, opt_state = update(
       jnp.asarray(gradient, jnp.float32), opt_state, params
     )
     params += updates
-    np.testing.assert_allclose(params, x, rtol=2e-6)
+    result.append(params)
+  return np.array(result)
 
 
-def test_default_optimiser_is_the_papers():
-  adam = tiny.tiny_config().optimizer
-  assert (adam.b1, adam.b2) == (0.0, 0.99)
-  assert adam.g_learning_rate == adam.d_learning_rate == 2e-3
+@pytest.mark.parametrize("which, rate", [(0, 0.03), (1, 0.005)])
+@pytest.mark.parametrize(
+  "name, b1, decay", [("adam", 0.0, 0.0), ("adam", 0.5, 0.0), ("adamw", 0.5, 2)]
+)
+def test_optimizers_are_those_of_the_config(which, rate, name, b1, decay):
+  b2, eps = 0.99, 1e-3  # an eps that can be seen
+  fields = dict(name=name, b1=b1, b2=b2, eps=eps, weight_decay=2.0)
+  optimizer = optimizers(
+    g=fields | {"learning_rate": 0.03}, d=fields | {"learning_rate": 0.005}
+  )[which]
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=5)
+  gradients = rng.normal(size=(3, 5)) * 10.0 ** np.arange(-3, 2)
+  actual = parameters_over(optimizer, x, gradients)
+  m, v = np.zeros(5), np.zeros(5)
+  for t, gradient in enumerate(gradients, start=1):
+    m = b1 * m + (1 - b1) * gradient
+    v = b2 * v + (1 - b2) * gradient**2
+    adam = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    x -= rate * (adam + decay * x)
+    np.testing.assert_allclose(actual[t - 1], x, rtol=2e-6)
+
+
+def test_default_optimizers_are_the_papers():
+  config = tiny.tiny_config()
+  for adam in (config.g_optimizer, config.d_optimizer):
+    assert (adam.name, adam.learning_rate) == ("adam", 2e-3)
+    assert (adam.b1, adam.b2, adam.decay) == (0.0, 0.99, "constant")
+    assert adam.warmup_kimg == adam.clip_norm == 0.0
+
+
+def rates(optimizer, count):
+  """Returns the learning rates of the first updates.
+
+  Where all gradients are 1, each update of Adam is the rate itself.
+  """
+  x = parameters_over(optimizer, np.zeros(1), np.ones((count, 1)))[:, 0]
+  return -np.diff(x, prepend=0.0)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_rate_warms_up_and_decays_by_the_images_of_an_update(warmup, decay):
+  # G sees 8 images of each of two D steps in an update, D 8: of 192 images G
+  # makes 12 updates, and D 24.
+  fields = dict(learning_rate=0.5, decay=decay, warmup_kimg=warmup * 0.016)
+  both = optimizers(g=fields, d=fields, d_steps=2, total_kimg=0.192)
+  for optimizer, times in zip(both, (1, 2)):
+    updates = np.arange(12 * times)
+    start, end = warmup * times, 12 * times
+    expected = np.full(end, 0.5)
+    if decay == "cosine":
+      expected *= (1 + np.cos(np.pi * (updates - start) / (end - start))) / 2
+    if warmup:
+      expected = np.where(updates < start, 0.5 * updates / start, expected)
+    np.testing.assert_allclose(rates(optimizer, end), expected, atol=2e-6)
+
+
+def test_gradients_are_clipped_by_their_norm_together():
+  params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+  rng = np.random.default_rng(0)
+  gradients = [
+    {"a": scale * rng.normal(size=2), "b": scale * rng.normal(size=3)}
+    for scale in (10.0, 0.01, 3.0)
+  ]
+  clipped, plain = (
+    optimizers(d=dict(clip_norm=norm, b1=0.5, eps=1.0))[1]
+    for norm in (0.25, 0.0)
+  )
+  states = clipped.init(params), plain.init(params)
+  for gradient in gradients:
+    norm = np.sqrt(sum(np.sum(x**2) for x in gradient.values()))
+    by_hand = jax.tree.map(lambda x, n=norm: x * min(1, 0.25 / n), gradient)
+    actual, first = clipped.update(
+      jax.tree.map(jnp.float32, gradient), states[0], params
+    )
+    expected, second = plain.update(
+      jax.tree.map(jnp.float32, by_hand), states[1], params
+    )
+    states = first, second
+    for name in params:
+      np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5)
+  # The generator's own is off.
+  assert optimizers(d=dict(clip_norm=0.25))[0].init(params)[0].count == 0
 
 
 def test_average_of_the_start_halves_in_one_half_life():
@@ -144,6 +231,25 @@ def test_average_moves_by_one_minus_the_decay(decay):
   np.testing.assert_allclose(
     average["x"], decay * a + (1 - decay) * p, rtol=1e-5, atol=1e-7
   )
+
+
+def test_average_takes_in_the_collections_that_are_averages():
+  config = tiny.tiny_config(
+    {"ema.half_life_kimg": 0.016, "ema.ramp_up": 0.0}, d_steps=2
+  )
+  state = state_of_seed(0).replace(
+    g_params={"x": 3.0},
+    g_ema_params={"x": 1.0},
+    g_model_state={"batch_stats": {"mean": 5.0}, "spectral": {"u": 7.0}},
+    g_ema_model_state={"batch_stats": {"mean": 1.0}, "spectral": {"u": 2.0}},
+  )
+  after = train_state.update_average(state, config)
+  # Two D steps of 8 images are one half-life. The u belong to the parameters.
+  assert after.g_ema_params == {"x": 2.0}
+  assert after.g_ema_model_state == {
+    "batch_stats": {"mean": 3.0},
+    "spectral": {"u": 7.0},
+  }
 
 
 @pytest.mark.parametrize("images_seen", [128, 12_800, 400_000, 10_000_000])
