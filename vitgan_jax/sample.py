@@ -36,6 +36,7 @@ def make_sampler(nets, mesh):
     # Other devices than those of the run may not have them.
     nets = nets._replace(implementation="auto")
   generator = networks.with_kernels(nets, mesh, BATCH_SIZE)[0].generator
+  batch_size = BATCH_SIZE * mesh.size
 
   def draw(variables, seed, numbers, truncation):
     key = jax.random.key(seed)
@@ -55,7 +56,7 @@ def make_sampler(nets, mesh):
   )
 
   def sampler(variables, seed, start, truncation=None):
-    numbers = start + jnp.arange(BATCH_SIZE * mesh.size)
+    numbers = start + jnp.arange(batch_size)
     return draw(variables, jnp.asarray(seed), numbers, truncation)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
