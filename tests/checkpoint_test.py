@@ -8,10 +8,12 @@ import pytest
 from tests import tiny
 from vitgan_jax import checkpoint, partitioning
 from vitgan_jax import config as config_lib
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import GANState, create_train_state
 
 CONFIG = tiny.tiny_config()
-SHAPES = jax.eval_shape(lambda: create_train_state(CONFIG))
+NETS = networks.build(CONFIG)
+SHAPES = jax.eval_shape(lambda: create_train_state(CONFIG, NETS))
 
 
 def mesh_of(num_devices, fsdp=1):
@@ -53,7 +55,7 @@ def test_whole_state_comes_back_bit_for_bit_on_any_mesh(saved, num_devices):
   workdir, states = saved
   mesh = mesh_of(num_devices)
   with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, CONFIG, mesh)
+    state = checkpoint.restore(manager, CONFIG, NETS, mesh)
   tiny.assert_bit_equal(state, states[7])
   assert state.key.dtype == states[7].key.dtype
   for name, leaf in tiny.leaves_by_name(state).items():
@@ -72,7 +74,7 @@ def test_shared_state_comes_back_on_a_mesh_that_shares_it_otherwise(
   with checkpoint.create_manager(tmp_path) as manager:
     checkpoint.save(manager, state, {})
     manager.wait_until_finished()
-    restored = checkpoint.restore(manager, CONFIG, mesh_of(8, fsdp))
+    restored = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8, fsdp))
   tiny.assert_bit_equal(restored, state)
   kernel = restored.d_params["block0"]["mlp_in"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
@@ -86,8 +88,8 @@ def test_state_holds_all_that_a_run_needs(saved):
     "g_params/",
     "g_ema_params/",
     "d_params/",
-    "d_spectral/embedding/norm/u",
-    "d_spectral/embedding/norm/sigma_init",
+    "d_model_state/spectral/embedding/norm/u",
+    "d_model_state/spectral/embedding/norm/sigma_init",
     "g_opt_state/",
     "d_opt_state/",
     "logit_ema/real",
@@ -98,26 +100,26 @@ def test_state_holds_all_that_a_run_needs(saved):
 def test_earlier_step_can_be_asked_for(saved):
   workdir, states = saved
   with checkpoint.create_manager(workdir) as manager:
-    state = checkpoint.restore(manager, CONFIG, mesh_of(8), step=3)
+    state = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=3)
   tiny.assert_bit_equal(state, states[3])
 
 
 def test_missing_step_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError, match="of step 5 in"):
-      checkpoint.restore(manager, CONFIG, mesh_of(8), step=5)
+      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=5)
 
 
 def test_missing_step_zero_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError, match="of step 0 in"):
-      checkpoint.restore(manager, CONFIG, mesh_of(8), step=0)
+      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=0)
 
 
 def test_workdir_without_checkpoints_is_an_error(tmp_path):
   with checkpoint.create_manager(tmp_path) as manager:
     with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
-      checkpoint.restore(manager, CONFIG, mesh_of(8))
+      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
 
 
 @pytest.mark.parametrize("field", ["generator.depth", "discriminator.depth"])
@@ -125,7 +127,7 @@ def test_checkpoint_of_another_model_is_an_error_of_one_line(saved, field):
   config = tiny.tiny_config({field: 2})
   with checkpoint.create_manager(saved[0]) as manager:
     with pytest.raises(config_lib.ConfigError) as error:
-      checkpoint.restore(manager, config, mesh_of(8))
+      checkpoint.restore(manager, config, networks.build(config), mesh_of(8))
   assert str(saved[0]) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -146,7 +148,7 @@ def test_checkpoint_of_a_step_is_not_written_over(tmp_path):
     checkpoint.save(manager, random_state(1, seed=0), {})
     checkpoint.save(manager, random_state(1, seed=1), {})
     manager.wait_until_finished()
-    state = checkpoint.restore(manager, CONFIG, mesh_of(8))
+    state = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
   tiny.assert_bit_equal(state, random_state(1, seed=0))
 
 
@@ -159,7 +161,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     checkpoint.save(manager, state, {"next_image": 8 * int(state.step)})
     overwrite(state.g_params)
     manager.wait_until_finished()
-    restored = checkpoint.restore(manager, CONFIG, mesh_of(8))
+    restored = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
   tiny.assert_bit_equal(restored, random_state(1))
 
 

@@ -1,3 +1,4 @@
+import functools
 import importlib
 import math
 import pathlib
@@ -12,7 +13,8 @@ from configs import celeba64
 from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.gan_step import make_train_step
+from vitgan_jax.gan_step import train_step
+from vitgan_jax.models import networks
 from vitgan_jax.train_state import create_train_state
 
 # Parameters of the generator and of the discriminator. A new config gets its
@@ -37,32 +39,32 @@ NUM_PARAMETERS = {
 # Metrics of the first step of a config's `:smoke`, on random images.
 GOLDEN = {
   "celeba64": {
-    "loss/d": 1.336434,
-    "loss/g": 0.69506,
-    "penalty/bcr": 0.1326934,
-    "scores/fake": -0.003147185,
-    "scores/real": 0.1199532,
+    "loss/d": 1.319445,
+    "loss/g": 0.7316184,
+    "penalty/bcr": 0.08485457,
+    "scores/fake": -0.03697287,
+    "scores/real": 0.1395421,
   },
   "cifar10": {
-    "loss/d": 1.450027,
-    "loss/g": 0.5749077,
-    "penalty/bcr": 0.1240351,
-    "scores/fake": 0.218481,
-    "scores/real": 0.1129171,
+    "loss/d": 1.504958,
+    "loss/g": 0.6136464,
+    "penalty/bcr": 0.1569273,
+    "scores/fake": 0.3158707,
+    "scores/real": 0.1154663,
   },
   "digits": {
-    "loss/d": 1.429856,
-    "loss/g": 0.5964166,
-    "penalty/bcr": 0.0951158,
-    "scores/fake": 0.108368,
-    "scores/real": 0.03814188,
+    "loss/d": 1.631412,
+    "loss/g": 0.7104871,
+    "penalty/bcr": 0.1273468,
+    "scores/fake": 0.3900047,
+    "scores/real": -0.03668062,
   },
   "lsun_bedroom128": {
-    "loss/d": 1.355475,
-    "loss/g": 0.6946278,
-    "penalty/bcr": 0.2187929,
-    "scores/fake": 0.06707311,
-    "scores/real": 0.1631988,
+    "loss/d": 1.329036,
+    "loss/g": 0.7017515,
+    "penalty/bcr": 0.4429418,
+    "scores/fake": 0.004397757,
+    "scores/real": 0.1751906,
   },
 }
 # These share the model and the training of celeba64.
@@ -81,6 +83,19 @@ def get_config(name):
   return importlib.import_module(f"configs.{module}").get_config(argument)
 
 
+def train_state_of(config):
+  """Returns the GANState of step 0, traced; it is not computed."""
+  return jax.eval_shape(
+    lambda: create_train_state(config, networks.build(config))
+  )
+
+
+def step_of(config, mesh):
+  return functools.partial(
+    train_step, config=config, nets=networks.build(config), mesh=mesh
+  )
+
+
 def num_parameters(params):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
@@ -91,19 +106,27 @@ def test_every_config_has_its_parameters_pinned():
 
 
 @pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
-def test_config_is_valid_and_its_training_step_traces(name):
+def test_config_is_valid_and_its_networks_have_their_parameters(name):
   config = get_config(name)
   config_lib.validate(config)
-  state = jax.eval_shape(lambda: create_train_state(config))
+  state = train_state_of(config)
   assert NUM_PARAMETERS[name] == (
     num_parameters(state.g_params),
     num_parameters(state.d_params),
   )
+
+
+@pytest.mark.slow  # the smaller one runs for its golden metrics
+@pytest.mark.parametrize("module", MODULES)
+def test_training_step_traces_and_keeps_the_state_in_shape(module):
+  config = get_config(module)
+  state = train_state_of(config)
   size = config.data.image_size
+  shape = (config.d_steps, config.batch_size, size, size, 3)
   next_state, metrics = jax.eval_shape(
-    make_train_step(config, partitioning.create_mesh()),
+    step_of(config, partitioning.create_mesh()),
     state,
-    jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+    {"images": jax.ShapeDtypeStruct(shape, jnp.uint8), "labels": None},
     state.key,
   )
   assert jax.tree.map(lambda x: (x.shape, x.dtype), next_state) == (
@@ -115,7 +138,7 @@ def test_config_is_valid_and_its_training_step_traces(name):
 def test_generator_of_64_pixels_with_convolutions_is_the_published_size():
   config = celeba64.get_config()
   config.generator.conv_qkv = True
-  state = jax.eval_shape(lambda: create_train_state(config))
+  state = train_state_of(config)
   assert num_parameters(state.g_params) == pytest.approx(37.3e6, rel=0.03)
 
 
@@ -132,9 +155,58 @@ def test_smoke_is_the_same_experiment_within_64_images(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_unknown_argument_is_an_error(module):
-  with pytest.raises(ValueError, match="'tiny': only 'smoke'"):
-    get_config(f"{module}:tiny")
+@pytest.mark.parametrize("word", ["tiny", "g", "g=", "x=vitgan"])
+def test_unknown_argument_is_an_error(module, word):
+  with pytest.raises(ValueError, match=f"'{word}' must be one of smoke, g="):
+    get_config(f"{module}:smoke,{word}")
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_unknown_kind_is_an_error_that_names_the_known(network):
+  with pytest.raises(
+    config_lib.ConfigError, match=f"{network}.kind='other' .* one of vitgan"
+  ):
+    get_config(f"digits:{network[0]}=other")
+
+
+def test_kind_that_a_config_has_is_left_as_the_config_has_it():
+  assert get_config("digits:g=vitgan,d=vitgan") == get_config("digits")
+  assert get_config("digits:d=vitgan,smoke") == get_config("digits:smoke")
+
+
+@pytest.fixture
+def other_kind(monkeypatch):
+  kind = networks.Kind(
+    "module:Class", {"latent_dim": 8, "depth": 3}, {"depth": 1}
+  )
+  monkeypatch.setitem(networks.GENERATORS, "other", kind)
+
+
+@pytest.mark.usefixtures("other_kind")
+def test_another_kind_has_its_own_fields_and_all_else_stays():
+  config, other = get_config("digits"), get_config("digits:g=other")
+  assert other.generator.to_dict() == {
+    "kind": "other",
+    "latent_dim": 8,
+    "depth": 3,
+  }
+  with pytest.raises(AttributeError):
+    other.generator.width = 1
+  small = get_config("digits:smoke,g=other")
+  assert (small.generator.latent_dim, small.generator.depth) == (8, 1)
+  with config.unlocked(), other.unlocked():
+    del config.generator, other.generator
+  assert other == config
+
+
+@pytest.mark.usefixtures("other_kind")
+def test_another_kind_with_fields_of_this_one_is_an_error_that_helps():
+  config = get_config("digits")
+  config.generator.kind = "other"
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.validate(config)
+  assert "generator.width" in str(error.value)
+  assert "--config=FILE.py:g=other" in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
@@ -176,11 +248,13 @@ def test_golden_metrics_of_the_first_step(module):
   config = get_config(f"{module}:smoke")
   size = config.data.image_size
   images = np.random.default_rng(0).integers(
-    0, 256, (config.batch_size, size, size, 3), np.uint8
+    0, 256, (config.d_steps, config.batch_size, size, size, 3), np.uint8
   )
-  step = make_train_step(config, partitioning.create_mesh(jax.devices()[:1]))
-  state = jax.jit(lambda: create_train_state(config))()
-  _, metrics = jax.jit(step)(state, images, jax.random.key(0))
+  step = step_of(config, partitioning.create_mesh(jax.devices()[:1]))
+  state = jax.jit(lambda: create_train_state(config, networks.build(config)))()
+  _, metrics = jax.jit(step)(
+    state, {"images": images, "labels": None}, jax.random.key(0)
+  )
   metrics = {key: float(f"{value:.7g}") for key, value in metrics.items()}
   message = (
     f"The first step of configs/{module}.py:smoke has changed. If it was meant "

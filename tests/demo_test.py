@@ -18,6 +18,7 @@ import pytest
 
 from tests import runs
 from vitgan_jax import demo, partitioning, pictures, sample
+from vitgan_jax.models import networks
 
 needs_gradio = pytest.mark.skipif(
   importlib.util.find_spec("gradio") is None,
@@ -34,8 +35,8 @@ def drawn(digits_run):
 
 def test_grid_is_of_the_samples_that_sampling_writes(drawn, digits_run):
   mesh = partitioning.create_mesh()
-  sampler = sample.make_sampler(digits_run.config, mesh)
-  images = np.asarray(sampler(digits_run.state.g_ema_params, 3, 0))[:64]
+  sampler = sample.make_sampler(networks.build(digits_run.config), mesh)
+  images = np.asarray(sampler(digits_run.state.g_ema_variables, 3, 0))[:64]
   grid, _ = drawn(3, 1.0)
   # A pixel may be rounded to its neighbour, on another number of devices.
   difference = grid.astype(int) - pictures.image_grid(images)

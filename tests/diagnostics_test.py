@@ -1,3 +1,6 @@
+import dataclasses
+
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,12 +9,14 @@ import pytest
 from configs import digits
 from tests import tiny
 from tests.reference import standardise
-from vitgan_jax import partitioning
+from vitgan_jax import partitioning, visualize
 from vitgan_jax.diagnostics import make_diagnostics
-from vitgan_jax.train_state import build_models, create_train_state
+from vitgan_jax.models import networks
+from vitgan_jax.train_state import GANState, create_train_state
 
 CONFIG = digits.get_config("smoke")
 CONFIG.discriminator.depth = 2
+NETS = networks.build(CONFIG)
 IMAGES = tiny.random_images(CONFIG)
 LATENTS = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
 
@@ -25,16 +30,17 @@ def state(digits_run):
     return {**tree, "block1": jax.tree.map(jnp.copy, tree["block0"])}
 
   return trained.replace(
-    d_params=twice(trained.d_params), d_spectral=twice(trained.d_spectral)
+    d_params=twice(trained.d_params),
+    d_model_state={"spectral": twice(trained.d_model_state["spectral"])},
   )
 
 
 @pytest.fixture(scope="module")
 def diagnose():
-  diagnostics = make_diagnostics(CONFIG, partitioning.create_mesh())
+  diagnostics = make_diagnostics(NETS, partitioning.create_mesh())
 
   def scalars_of(state):
-    scalars, scalars_of.insides = diagnostics(state, IMAGES, LATENTS)
+    scalars, scalars_of.shown = diagnostics(state, IMAGES, LATENTS)
     return {key: float(value) for key, value in scalars.items()}
 
   return scalars_of
@@ -54,10 +60,10 @@ def scale_d_kernel(state, factor, *path):
 def set_query_gain(state, gain, block):
   """Scales query and key of a block, whose norm ISN would else restore."""
   query = (f"block{block}", "attention", "query")
-  spectral = jax.tree.map(jnp.copy, state.d_spectral)
+  spectral = jax.tree.map(jnp.copy, state.d_model_state["spectral"])
   norm = spectral[query[0]][query[1]][query[2]]["norm"]
   norm["sigma_init"] = norm["sigma_init"] * gain
-  return state.replace(d_spectral=spectral)
+  return state.replace(d_model_state={"spectral": spectral})
 
 
 def test_attention_to_all_tokens_alike_has_entropy_one(state, diagnose):
@@ -88,7 +94,7 @@ def test_least_entropy_of_the_blocks_and_their_mean_are_told_apart(
 def test_growth_is_that_of_the_kernel_that_grew_most(state, diagnose, layer):
   state = scale_d_kernel(state, 0.1, "block1", "attention", "out")
   state = scale_d_kernel(state, 3.0, *layer.split("/"))
-  spectral = tiny.leaves_by_name(state.d_spectral)
+  spectral = tiny.leaves_by_name(state.d_model_state["spectral"])
   growth = {}
   for name, kernel in tiny.leaves_by_name(state.d_params).items():
     if name.endswith("/kernel"):
@@ -101,15 +107,15 @@ def test_growth_is_that_of_the_kernel_that_grew_most(state, diagnose, layer):
   np.testing.assert_allclose(
     diagnose(state)["sigma/growth_max"], growth[layer], rtol=0.01
   )
-  assert diagnose.insides.growth.keys() == growth.keys()
-  for name, value in diagnose.insides.growth.items():
+  assert diagnose.shown.growth.keys() == growth.keys()
+  for name, value in diagnose.shown.growth.items():
     # 4%: the estimate of one that was scaled down, and so moves faster.
     np.testing.assert_allclose(value, growth[name], rtol=0.04, err_msg=name)
 
 
 def normalised(state, gain, *path):
   """Returns a kernel of the discriminator as it is applied, in float64."""
-  kernel, spectral = state.d_params, state.d_spectral
+  kernel, spectral = state.d_params, state.d_model_state["spectral"]
   for name in path:
     kernel, spectral = kernel[name], spectral[name]
   kernel = np.asarray(kernel["kernel"], np.float64)
@@ -121,7 +127,7 @@ def normalised(state, gain, *path):
 
 def test_attention_maps_are_those_of_the_class_token(state, diagnose):
   diagnose(state)
-  maps = np.asarray(diagnose.insides.attention)
+  maps = np.asarray(diagnose.shown.attention)
   assert maps.shape == (len(IMAGES), 2, 4, 4)
   params = jax.device_get(state.d_params)
   padded = np.pad(IMAGES / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -154,17 +160,14 @@ def test_attention_maps_are_those_of_the_class_token(state, diagnose):
 
 def test_attention_to_all_tokens_alike_makes_even_maps(state, diagnose):
   diagnose(set_query_gain(state, 0.0, 1))
-  maps = diagnose.insides.attention
+  maps = diagnose.shown.attention
   np.testing.assert_allclose(maps[:, 1], 1 / 17, rtol=1e-5)
   assert np.std(maps[:, 0]) > 1e-3
 
 
 def test_diversity_is_that_of_the_averaged_generator(state, diagnose):
-  generator, _ = build_models(CONFIG)
-  generate = jax.jit(generator.apply)
-  images = np.asarray(
-    generate({"params": state.g_ema_params}, LATENTS), np.float64
-  )
+  generate = jax.jit(NETS.generator.apply)
+  images = np.asarray(generate(state.g_ema_variables, LATENTS), np.float64)
   state = state.replace(
     g_params=jax.tree.map(lambda x: x * jnp.nan, state.g_params)
   )
@@ -197,16 +200,74 @@ def test_measuring_leaves_the_power_iteration_alone(state, diagnose):
 
 def test_without_spectral_normalisation_the_scalars_are_finite():
   config = tiny.tiny_config({"discriminator.spectral_norm": "none"})
-  shapes = jax.eval_shape(lambda: create_train_state(config))
+  nets = networks.build(config)
+  shapes = jax.eval_shape(lambda: create_train_state(config, nets))
   rng = np.random.default_rng(0)
   state = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(np.float32),
     shapes.replace(step=None, key=None),
   )
   images = tiny.random_images(config)
-  scalars, insides = make_diagnostics(config, partitioning.create_mesh())(
+  scalars, shown = make_diagnostics(nets, partitioning.create_mesh())(
     state, images, LATENTS[:, :16]
   )
   # A NaN would also make a line that strict readers of JSON refuse.
   assert all(np.isfinite(value) for value in scalars.values()), scalars
-  assert not insides.growth
+  assert "sigma/growth_max" not in scalars and not shown.growth
+
+
+class Painter(nn.Module):
+  """A generator of one grey for each class."""
+
+  @nn.compact
+  def __call__(self, latents, labels):
+    grey = labels[:, None, None, None] / 4.0
+    return jnp.broadcast_to(grey, (len(latents), 4, 4, 3))
+
+
+class Block(nn.Module):
+  """Shows attention of two heads among as many tokens."""
+
+  num_tokens: int
+
+  @nn.compact
+  def __call__(self, images):
+    shape = (len(images), 2, self.num_tokens, self.num_tokens)
+    self.sow("intermediates", "attention_weights", jnp.ones(shape))
+
+
+class Blocks(nn.Module):
+  """A discriminator of blocks of so many tokens each."""
+
+  tokens: tuple
+
+  @nn.compact
+  def __call__(self, images, labels):
+    for i, num_tokens in enumerate(self.tokens):
+      Block(num_tokens, name=f"block{i}")(images)
+    return jnp.zeros(len(images))
+
+
+@pytest.mark.parametrize(
+  "tokens, shape",
+  [
+    ((), None),
+    ((17, 17), (8, 2, 4, 4)),
+    ((17, 10), None),  # no picture of grids of different sizes
+    ((9, 9), None),  # nor of what is no grid
+  ],
+)
+def test_what_networks_do_not_show_is_left_out(tokens, shape):
+  nets = networks.Networks(Painter(), Blocks(tokens), "auto")
+  state = GANState(**{x.name: {} for x in dataclasses.fields(GANState)})
+  diagnose = make_diagnostics(nets, partitioning.create_mesh())
+  labels = np.arange(32) % 4
+  scalars, shown = diagnose(state, IMAGES, LATENTS, labels)
+  assert scalars == {
+    "diversity/std_over_latents": pytest.approx(np.std([0, 0.25, 0.5, 0.75])),
+    "diversity/std_of_mean_image": pytest.approx(0.0),
+  }
+  assert shown.growth == {}
+  assert (None if shown.attention is None else shown.attention.shape) == shape
+  drawn = visualize.discriminator_pictures(IMAGES, shown)
+  assert drawn.keys() == (set() if shape is None else {"attention"})

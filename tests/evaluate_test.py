@@ -124,10 +124,10 @@ def test_best_is_a_workdir_of_the_lowest_score(evaluated, tmp_path):
   best = min(records, key=lambda record: record["scores"]["fd_tiny1k"])
   config = config_lib.load(workdir / "best")
   assert config == config_lib.load(workdir)
-  _, mesh, state = checkpoint.load_run(workdir / "best")
+  _, nets, mesh, state = checkpoint.load_run(workdir / "best")
   assert int(state.step) == best["step"]
   with checkpoint.open_manager(workdir) as manager:
-    expected = checkpoint.restore(manager, config, mesh, best["step"])
+    expected = checkpoint.restore(manager, config, nets, mesh, best["step"])
   tiny.assert_bit_equal(state, expected)
   sample.sample(workdir / "best", 1, 0, tmp_path / "samples")
 
@@ -217,10 +217,10 @@ def test_watching_scores_what_appears_until_the_end_of_the_run(
 def test_watching_passes_over_what_the_run_deleted(workdir, monkeypatch):
   restore = checkpoint.restore
 
-  def deleting(manager, config, mesh, step):
+  def deleting(manager, config, nets, mesh, step):
     if step == 4:
       shutil.rmtree(workdir / "checkpoints" / "4")
-    return restore(manager, config, mesh, step)
+    return restore(manager, config, nets, mesh, step)
 
   monkeypatch.setattr(checkpoint, "restore", deleting)
   output = evaluate_quietly(workdir, "watch")

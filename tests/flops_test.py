@@ -8,7 +8,7 @@ import pytest
 from benchmarks.flops import model_flops
 from configs import cifar10
 from vitgan_jax import partitioning
-from vitgan_jax.train_state import build_models
+from vitgan_jax.models import networks
 
 X, W = np.ones((8, 6), np.float32), np.ones((6, 6), np.float32)
 PRODUCT = 2 * 8 * 6 * 6  # of X @ W, and of each product in its gradients
@@ -140,12 +140,11 @@ def test_products_that_cannot_be_counted_are_refused(function):
 def test_networks_have_the_flops_that_xla_counts(network, overrides):
   config = cifar10.get_config()
   config[network].update(overrides)
-  models = dict(zip(("generator", "discriminator"), build_models(config)))
   batch = {
     "generator": jnp.zeros((2, config.generator.latent_dim)),
     "discriminator": jnp.zeros((2, 32, 32, 3)),
   }[network]
-  model = models[network]
+  model = getattr(networks.build(config), network)
   variables = jax.eval_shape(model.init, jax.random.key(0), batch)
   lowered = jax.jit(model.apply).lower(variables, batch)
   # XLA counts elementwise operations too, and no products with padding, which

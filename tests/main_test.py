@@ -26,6 +26,14 @@ BAD_INPUT = {
     [DIGITS.replace("smoke", "tiny")],
     ["tiny", "smoke"],
   ),
+  "unknown kind of network": (
+    [f"{DIGITS},g=other"],
+    ["config.generator.kind='other'", "vitgan"],
+  ),
+  "kernels that these devices do not have": (
+    [DIGITS, "--config.implementation=pallas"],
+    ["config.implementation='pallas'", "cpu"],
+  ),
   "no config": ([], ["--config"]),
   "unknown flag": ([DIGITS, "--wrokdir=new"], ["wrokdir"]),
   "unknown mode": (["--mode=paint"], ["paint", "train", "sample"]),

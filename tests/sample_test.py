@@ -1,7 +1,9 @@
 import pathlib
 import shutil
 
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -10,43 +12,45 @@ from configs import digits
 from tests import runs
 from vitgan_jax import checkpoint, partitioning, pictures, sample
 from vitgan_jax import config as config_lib
-from vitgan_jax.gan_step import to_float
-from vitgan_jax.train_state import build_models
+from vitgan_jax.models import networks
+from vitgan_jax.pixels import to_float, to_uint8
 
 CONFIG = digits.get_config("smoke")
+NETS = networks.build(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def g_params(digits_run):
-  return jax.device_get(digits_run.state.g_ema_params)
+def variables(digits_run):
+  return jax.device_get(digits_run.state.g_ema_variables)
 
 
 @pytest.fixture(scope="module")
-def expected(g_params):
+def expected(variables):
   """Returns the samples 0 to 39 of seed 0, drawn one latent at a time."""
-  generator, _ = build_models(CONFIG)
   key = jax.random.key(0)
   latents = [
     jax.random.normal(jax.random.fold_in(key, i), (32,)) for i in range(40)
   ]
-  images = jax.jit(generator.apply)({"params": g_params}, np.stack(latents))
+  images = jax.jit(NETS.generator.apply)(variables, np.stack(latents))
   images = np.clip(np.asarray(images, np.float64), -1, 1)
   return np.floor((images + 1) / 2 * 255 + 0.5).astype(np.uint8)
 
 
-def draw(g_params, num_samples, seed=0, batch_size=2, num_devices=8):
+def draw(
+  variables, num_samples, seed=0, batch_size=2, num_devices=8, nets=NETS
+):
   """Returns (samples, sizes of the batches they came in)."""
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sample, "BATCH_SIZE", batch_size)
-    sampler = sample.make_sampler(CONFIG, mesh)
-    batches = list(sample.sample_images(sampler, g_params, seed, num_samples))
+    sampler = sample.make_sampler(nets, mesh)
+    batches = list(sample.sample_images(sampler, variables, seed, num_samples))
   return np.concatenate(batches), [len(batch) for batch in batches]
 
 
 @pytest.fixture(scope="module")
-def forty(g_params):
-  images, sizes = draw(g_params, 40)
+def forty(variables):
+  images, sizes = draw(variables, 40)
   assert sizes == [16, 16, 8]
   return images
 
@@ -57,17 +61,17 @@ def assert_same_images(images, expected):
   assert difference.max() <= 1 and difference.mean() < 0.01
 
 
-def test_samples_do_not_depend_on_how_many_are_drawn(g_params, forty):
-  images, sizes = draw(g_params, 21)
+def test_samples_do_not_depend_on_how_many_are_drawn(variables, forty):
+  images, sizes = draw(variables, 21)
   assert sizes == [16, 5]
   np.testing.assert_array_equal(images, forty[:21])
 
 
 @pytest.mark.parametrize("batch_size, num_devices", [(3, 8), (5, 1), (40, 1)])
 def test_samples_do_not_depend_on_the_batch(
-  g_params, forty, batch_size, num_devices
+  variables, forty, batch_size, num_devices
 ):
-  images, sizes = draw(g_params, 40, 0, batch_size, num_devices)
+  images, sizes = draw(variables, 40, 0, batch_size, num_devices)
   assert sizes[0] == min(40, batch_size * num_devices)
   assert_same_images(images, forty)
 
@@ -76,8 +80,54 @@ def test_sample_is_of_the_latent_that_its_seed_and_number_give(forty, expected):
   assert_same_images(forty, expected)
 
 
-def test_all_samples_of_all_seeds_differ(g_params, forty):
-  both = np.concatenate([forty, draw(g_params, 40, seed=1)[0]])
+def test_run_trained_by_kernels_is_sampled_where_there_are_none(
+  variables, forty
+):
+  nets = NETS._replace(implementation="pallas")
+  images, _ = draw(variables, 16, nets=nets)
+  np.testing.assert_array_equal(images, forty[:16])
+
+
+class Painter(nn.Module):
+  """A generator that paints a class, a latent and a number of its own."""
+
+  latent_dim: int = 2
+  num_classes: int = 3
+
+  def mapping(self, latents, labels):
+    return jnp.concatenate([labels[:, None], latents], axis=1)
+
+  def synthesize(self, w, keys=None, train=False):
+    noise = jax.vmap(jax.random.uniform)(keys)
+    pixels = [w[:, 0] / 127.5 - 1.0, jnp.tanh(w[:, 1]), noise]
+    return jnp.stack(pixels, axis=-1)[:, None, None]
+
+
+PAINTERS = networks.Networks(Painter(), None, "auto")
+
+
+def test_sample_has_its_class_and_its_noise_in_any_batch():
+  images, _ = draw({}, 20, nets=PAINTERS)
+  np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(20) % 3)
+  assert len(set(images[:, 0, 0, 2])) > 10
+  others, _ = draw({}, 20, 0, batch_size=7, num_devices=1, nets=PAINTERS)
+  np.testing.assert_array_equal(others, images)
+
+
+def test_interpolation_keeps_class_and_noise_along_a_row():
+  mesh = partitioning.create_mesh()
+  interpolate = sample.make_interpolator(PAINTERS, mesh, rows=4, columns=5)
+  labels, latents, noise = np.moveaxis(
+    np.asarray(interpolate({}, 0))[:, :, 0, 0], -1, 0
+  )
+  np.testing.assert_array_equal(labels, [[0] * 5, [1] * 5, [2] * 5, [0] * 5])
+  for row in range(4):
+    assert len(set(noise[row])) == 1 < len(set(latents[row]))
+  assert len(set(noise[:, 0])) > 1
+
+
+def test_all_samples_of_all_seeds_differ(variables, forty):
+  both = np.concatenate([forty, draw(variables, 40, seed=1)[0]])
   assert len({image.tobytes() for image in both}) == 80
 
 
@@ -96,13 +146,13 @@ def test_all_samples_of_all_seeds_differ(g_params, forty):
   ],
 )
 def test_pixels_are_clipped_and_rounded(value, expected):
-  pixel = sample.to_uint8(np.float32([value]))
+  pixel = to_uint8(np.float32([value]))
   assert pixel.dtype == np.uint8 and int(pixel[0]) == expected
 
 
 def test_uint8_images_survive_the_way_to_floats_and_back():
   values = np.arange(256, dtype=np.uint8)
-  np.testing.assert_array_equal(sample.to_uint8(to_float(values)), values)
+  np.testing.assert_array_equal(to_uint8(to_float(values)), values)
 
 
 def read_pngs(folder):
@@ -217,23 +267,21 @@ def test_workdir_without_checkpoints_is_an_error_and_left_alone(workdir):
   assert runs.snapshot(workdir) == before
 
 
-def test_interpolation_goes_along_the_great_circle(digits_run):
-  config, params = digits_run.config, digits_run.state.g_ema_params
+def test_interpolation_goes_along_the_great_circle(variables):
   mesh = partitioning.create_mesh()
-  interpolate = sample.make_interpolator(config, mesh, rows=3, columns=5)
-  images = np.asarray(interpolate(params, 7))
+  interpolate = sample.make_interpolator(NETS, mesh, rows=3, columns=5)
+  images = np.asarray(interpolate(variables, 7))
   assert images.shape == (3, 5, 16, 16, 3) and images.dtype == np.uint8
   ends = np.asarray(
-    jax.random.normal(jax.random.key(7), (2, 3, 1, config.generator.latent_dim))
+    jax.random.normal(jax.random.key(7), (2, 3, 1, NETS.generator.latent_dim))
   )[:, :, 0]
-  generator, _ = build_models(config)
   for row in range(3):
     a, b = ends[:, row].astype(np.float64)
     angle = np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     for column, t in enumerate([0, 0.25, 0.5, 0.75, 1]):
       z = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
-      expected = sample.to_uint8(
-        generator.apply({"params": params}, z[None].astype(np.float32))[0]
+      expected = to_uint8(
+        NETS.generator.apply(variables, z[None].astype(np.float32))[0]
       )
       # A pixel may be rounded to its neighbour.
       np.testing.assert_allclose(
@@ -242,19 +290,19 @@ def test_interpolation_goes_along_the_great_circle(digits_run):
 
 
 @pytest.fixture(scope="module")
-def mean_w(g_params):
-  return sample.mean_w(CONFIG, g_params)
+def mean_w(variables):
+  return sample.mean_w(NETS, variables)
 
 
 @pytest.fixture(scope="module")
-def truncated(g_params, mean_w):
+def truncated(variables, mean_w):
   """Returns `draw(psi, seed)`, of one batch, and the jitted sampler."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sample, "BATCH_SIZE", 2)
-    sampler = sample.make_sampler(CONFIG, partitioning.create_mesh())
+    sampler = sample.make_sampler(NETS, partitioning.create_mesh())
 
   def draw_truncated(psi, seed=0):
-    return np.asarray(sampler(g_params, seed, 0, (psi, mean_w)))
+    return np.asarray(sampler(variables, seed, 0, (psi, mean_w)))
 
   return draw_truncated, sampler
 
@@ -281,25 +329,24 @@ def test_psi_of_zero_gives_one_image_for_all_latents(truncated):
   assert len({image.tobytes() for image in images}) == 1
 
 
-def test_mean_w_is_that_of_other_latents(g_params, mean_w):
+def test_mean_w_is_that_of_other_latents(variables, mean_w):
   latents = np.random.default_rng(0).normal(size=(40_000, 32))
-  w = map_in_numpy(g_params, latents)
+  w = map_in_numpy(variables["params"], latents)
   # Means of 10,000 and 40,000 differ by a hundredth of a standard deviation.
   np.testing.assert_allclose(mean_w, w.mean(0), atol=0.06 * w.std(0).mean())
 
 
-def test_psi_draws_w_towards_its_mean(truncated, g_params, mean_w):
+def test_psi_draws_w_towards_its_mean(truncated, variables, mean_w):
   key = jax.random.key(0)
   latents = np.stack(
     [jax.random.normal(jax.random.fold_in(key, i), (32,)) for i in range(16)]
   )
   mean = np.asarray(mean_w, np.float64)
-  w = mean + 0.5 * (map_in_numpy(g_params, latents) - mean)
-  generator, _ = build_models(CONFIG)
+  w = mean + 0.5 * (map_in_numpy(variables["params"], latents) - mean)
   images = jax.jit(
-    lambda w: generator.apply({"params": g_params}, w, method="synthesize")
+    lambda w: NETS.generator.apply(variables, w, method="synthesize")
   )(w.astype(np.float32))
-  assert_same_images(truncated[0](0.5), sample.to_uint8(images).astype(int))
+  assert_same_images(truncated[0](0.5), to_uint8(images).astype(int))
 
 
 def test_seed_and_psi_compile_nothing_anew(truncated):
@@ -311,12 +358,12 @@ def test_seed_and_psi_compile_nothing_anew(truncated):
   assert sampler._cache_size() == programs
 
 
-def test_interpolation_is_truncated_likewise(g_params, mean_w):
+def test_interpolation_is_truncated_likewise(variables, mean_w):
   mesh = partitioning.create_mesh()
-  interpolate = sample.make_interpolator(CONFIG, mesh, rows=1, columns=3)
-  plain = np.asarray(interpolate(g_params, 7))
+  interpolate = sample.make_interpolator(NETS, mesh, rows=1, columns=3)
+  plain = np.asarray(interpolate(variables, 7))
   same, mean = (
-    np.asarray(interpolate(g_params, 7, (psi, mean_w))) for psi in (1.0, 0.0)
+    np.asarray(interpolate(variables, 7, (psi, mean_w))) for psi in (1.0, 0.0)
   )
   np.testing.assert_array_equal(same, plain)
   assert len({image.tobytes() for image in mean[0]}) == 1

@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny
 from vitgan_jax import diff_augment, gan_step, partitioning, train_state
+from vitgan_jax.models import networks
 
 torch = pytest.importorskip("torch")
 from benchmarks import torch_train, torch_vitgan  # noqa: E402
@@ -24,10 +25,16 @@ def config():
       "augment.probability": 0.6,
       "loss.bcr_weight": 2.0,
       "ema.ramp_up": 0.5,
-      "optimizer.b1": 0.5,
-      "optimizer.d_learning_rate": 1e-3,
+      "g_optimizer.b1": 0.5,
+      "d_optimizer.b1": 0.5,
+      "d_optimizer.learning_rate": 1e-3,
     }
   )
+
+
+@functools.cache
+def nets():
+  return networks.build(config())
 
 
 @functools.cache
@@ -64,8 +71,8 @@ def state():
     )
     return (inner._replace(count=jnp.int32(STEP), mu=mu, nu=nu), *rest)
 
-  fresh = train_state.init_train_state(config(), mesh())
-  names = ("g_params", "g_ema_params", "d_params", "d_spectral")
+  fresh = train_state.init_train_state(config(), nets(), mesh())
+  names = ("g_params", "g_ema_params", "d_params", "d_model_state")
   return fresh.replace(
     step=jnp.int32(STEP),
     g_opt_state=adam(fresh.g_opt_state),
@@ -103,9 +110,8 @@ def trainer():
 
 
 def test_generator_makes_the_same_images(trainer):
-  generator, _ = train_state.build_models(config())
   latents = jax.random.normal(KEY, (4, config().generator.latent_dim))
-  expected = jax.jit(generator.apply)({"params": state().g_params}, latents)
+  expected = jax.jit(nets().generator.apply)(state().g_variables, latents)
   assert np.std(expected) > 0.1
   with torch.no_grad():
     actual = trainer.generator(to_torch(latents)).permute(0, 2, 3, 1).numpy()
@@ -114,33 +120,36 @@ def test_generator_makes_the_same_images(trainer):
 
 
 def test_discriminator_gives_the_same_logits(trainer):
-  _, discriminator = train_state.build_models(config())
   images = tiny.random_images(config()) / np.float32(127.5) - 1
-  variables = {"params": state().d_params, "spectral": state().d_spectral}
-  expected = jax.jit(discriminator.apply)(variables, images)
+  expected = jax.jit(nets().discriminator.apply)(state().d_variables, images)
   assert np.std(expected) > 0.1
   with torch.no_grad():
     actual = trainer.discriminator.eval()(to_torch(images).permute(0, 3, 1, 2))
   np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
-def draws_of_step(key):
-  """Draws as `make_train_step` does; see there for the keys."""
+def draws_of_step(d_keys, g_keys):
+  """Draws as `train_step` does; see there, and the losses, for the keys."""
   c = config()
-  batch, size = c.batch_size, c.data.image_size
-  flip_key, d_key, g_key = jax.random.split(key, 3)
-  d_keys, g_keys = jax.random.split(d_key, 3), jax.random.split(g_key, 3)
 
-  def latents(key):
-    return jax.random.normal(key, (batch, c.generator.latent_dim))
+  def latents(keys):
+    return gan_step.draw_latents(keys, c.generator.latent_dim)
 
-  def augmentation(key):
-    return diff_augment.draw(key, batch, size, **c.augment)
+  def augmentation(keys):
+    draw = functools.partial(
+      diff_augment.draw, size=c.data.image_size, **c.augment
+    )
+    draws = jax.vmap(draw)(keys)
+    draws["color"] = [x[:, None, None, None] for x in draws["color"]]
+    zoom, offset = draws["geometry"]
+    return {**draws, "geometry": (zoom[:, None], offset)}
 
+  z, flip, real, fake, _, _ = gan_step.split_keys(d_keys, 6)
+  g_z, _, _, g_fake, _, _ = gan_step.split_keys(g_keys, 6)
   return (
-    jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1)),
-    (latents(d_keys[0]), augmentation(d_keys[1]), augmentation(d_keys[2])),
-    (latents(g_keys[0]), augmentation(g_keys[2])),
+    jax.vmap(jax.random.bernoulli)(flip)[:, None, None, None],
+    (latents(z), augmentation(real), augmentation(fake)),
+    (latents(g_z), augmentation(g_fake)),
   )
 
 
@@ -160,11 +169,17 @@ def assert_close(module, expected, before, share):
 
 def test_training_step_is_the_same(trainer):
   images = tiny.random_images(config())
-  step = jax.jit(gan_step.make_train_step(config(), mesh()))
-  after, expected = step(
-    *jax.device_put((state(), images, KEY), partitioning.replicated(mesh()))
+  step = jax.jit(
+    functools.partial(
+      gan_step.train_step, config=config(), nets=nets(), mesh=mesh()
+    )
   )
-  draws = to_torch(jax.jit(draws_of_step)(KEY))
+  batch = {"images": images[None], "labels": None}
+  after, expected = step(
+    *jax.device_put((state(), batch, KEY), partitioning.replicated(mesh()))
+  )
+  keys = jax.random.split(KEY, (2, config().batch_size))
+  draws = to_torch(jax.jit(draws_of_step)(*keys))
   metrics = trainer.step(torch.from_numpy(images), draws)
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():
@@ -173,17 +188,10 @@ def test_training_step_is_the_same(trainer):
     )
   convert = torch_vitgan.state_dict_of
   before = state()
-  for module, params, old_params, spectral in (
-    (trainer.generator, after.g_params, before.g_params, ()),
-    (trainer.generator_ema, after.g_ema_params, before.g_ema_params, ()),
-    (
-      trainer.discriminator,
-      after.d_params,
-      before.d_params,
-      (after.d_spectral, before.d_spectral),
-    ),
+  for module, name in (
+    (trainer.generator, "g_variables"),
+    (trainer.generator_ema, "g_ema_variables"),
+    (trainer.discriminator, "d_variables"),
   ):
-    new, old = spectral or (None, None)
-    assert_close(
-      module, convert(params, new), convert(old_params, old), share=1e-2
-    )
+    new, old = getattr(after, name), getattr(before, name)
+    assert_close(module, convert(**new), convert(**old), share=1e-2)

@@ -2,6 +2,7 @@ import os
 import re
 import shutil
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,12 +14,14 @@ from tests import monitor_test, runs, tiny
 from vitgan_jax import checkpoint, partitioning, pictures, sample, train
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
+from vitgan_jax.models import networks
 
 
 def restore(workdir, step):
   config = config_lib.load(workdir)
+  nets, mesh = networks.build(config), partitioning.create_mesh()
   with checkpoint.create_manager(workdir) as manager:
-    return checkpoint.restore(manager, config, partitioning.create_mesh(), step)
+    return checkpoint.restore(manager, config, nets, mesh, step)
 
 
 def saved_steps(workdir):
@@ -26,18 +29,18 @@ def saved_steps(workdir):
 
 
 def after_call(monkeypatch, number, action):
-  """Calls `action(state, metrics)` in place of what the nth call returns."""
+  """Has the nth call get `action(state)` in place of its state."""
   make_train_steps = train.make_train_steps
 
-  def make(config, mesh):
-    train_steps = make_train_steps(config, mesh)
+  def make(config, nets, mesh):
+    train_steps = make_train_steps(config, nets, mesh)
     calls = 0
 
-    def wrapped(state, real_images):
+    def wrapped(state, batch):
       nonlocal calls
       calls += 1
       state = state if calls != number else action(state)
-      return train_steps(state, real_images)
+      return train_steps(state, batch)
 
     return wrapped
 
@@ -77,7 +80,9 @@ def test_returned_state_is_the_last_checkpoint(digits_run):
 def test_every_part_of_the_state_is_trained(digits_run):
   middle = tiny.leaves_by_name(tiny.to_host(restore(digits_run.workdir, 4)))
   last = tiny.leaves_by_name(tiny.to_host(digits_run.state))
-  del last["d_spectral/head_out/norm/u"]  # one output, and so one number
+  del last[
+    "d_model_state/spectral/head_out/norm/u"
+  ]  # one output, and so one number
   for name, leaf in last.items():
     constant = name == "key" or name.endswith("/sigma_init")
     assert constant == np.array_equal(leaf, middle[name]), name
@@ -87,11 +92,11 @@ def test_grids_show_the_same_latents_of_the_averaged_generator(digits_run):
   mesh = partitioning.create_mesh()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sample, "BATCH_SIZE", 2)
-    sampler = sample.make_sampler(digits_run.config, mesh)
+    sampler = sample.make_sampler(networks.build(digits_run.config), mesh)
     grids = []
     for step in (4, 8):
       state = restore(digits_run.workdir, step)
-      images = np.asarray(sampler(state.g_ema_params, 0, 0))
+      images = np.asarray(sampler(state.g_ema_variables, 0, 0))
       grids.append(pictures.image_grid(images))
   assert grids[1].shape == (67, 67, 3)  # 4 x 4 of 16, and gaps of 1
   _, in_tensorboard = monitor_test.read_events(digits_run.workdir)
@@ -258,6 +263,40 @@ def test_run_does_not_go_on_with_other_images(digits_run, tmp_path):
   assert saved_steps(workdir) == [4, 8]
 
 
+def test_step_gets_its_batches_with_their_labels(tmp_path, monkeypatch):
+  config = digits.get_config("smoke")
+  config.update(d_steps=3, data=dict(num_classes=10))
+  batches = []
+
+  def make(config, nets, mesh):
+    def train_steps(state, batch):
+      batches.append(jax.device_get(batch))
+      return state, {}
+
+    return train_steps
+
+  monkeypatch.setattr(train, "make_train_steps", make)
+  monkeypatch.setattr(train, "SampleWriter", mock.MagicMock())
+  runs.train_quietly(config, tmp_path / "run")
+  images = pipeline.load_images(config.data)
+  classes = dict(zip(map(np.ndarray.tobytes, images[:]), images.labels()))
+  assert len(classes) == len(images)  # no image is there twice
+  seen = set()
+  assert len(batches) == 2  # of 2 steps, of 3 times 8 images
+  for batch in batches:
+    assert batch["images"].shape == (2, 3, 8, 16, 16, 3)
+    for index in np.ndindex(2, 3, 8):
+      image = batch["images"][index].tobytes()
+      assert batch["labels"][index] == classes[image]
+      seen.add(image)
+  assert len(seen) == 2 * 2 * 3 * 8
+
+
+def test_run_says_what_computes_its_networks(digits_run):
+  line = "Computed by generator: xla; discriminator: xla\n"
+  assert line in digits_run.output
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_metric_that_is_not_finite_is_named(value):
   assert train._check_finite(4, {"loss/d": np.float32(2)}) == {"loss/d": 2.0}
@@ -291,6 +330,8 @@ def failing(data):
     ({"generator.num_heads": 3}, "must divide"),
     ({"data.dataset": "fails"}, "no data"),
     ({"data.split": "train[:5]"}, "has 5 images .*batch_size=8"),
+    ({"data.num_classes": 5}, "num_classes=5 must be 0 or the 10 classes of"),
+    ({"implementation": "pallas"}, "'pallas' is for TPUs"),
   ],
 )
 def test_run_that_cannot_start_leaves_no_workdir(

@@ -86,9 +86,9 @@ def test_names_are_safe_and_commands_quoted(tmp_path):
   "text, words",
   [
     ("add({'sed': 1})", "sed"),
-    ("add({'optimizer.nix': 1})", "nix"),
+    ("add({'g_optimizer.nix': 1})", "nix"),
     ("add({'seed': 'one'})", "seed"),
-    ("add({'optimizer.b1': 2.0})", "must be in"),
+    ("add({'g_optimizer.b1': 2.0})", "must be in"),
     ("add({'total_kimg': 1.0})", "leave --config.total_kimg out"),
     ("add({'seed': 1}); add({'seed': 1})", "two work units of the name"),
     ("add({})", "without a change"),

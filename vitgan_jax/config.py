@@ -36,10 +36,6 @@ _CHOICES = {
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
   "evaluation.features": ("inception", "efficientnet"),
 }
-_OPTIMIZER_CHOICES = {
-  "name": ("adam", "adamw"),
-  "decay": ("constant", "cosine"),
-}
 
 _POSITIVE = (
   "batch_size",
@@ -80,7 +76,15 @@ _SHARES = (
   "augment.cutout",
 )
 _OPTIMIZERS = ("g_optimizer", "d_optimizer")
-_OPTIMIZER_NOT_NEGATIVE = ("eps", "weight_decay", "warmup_kimg", "clip_norm")
+_OPTIMIZER_FIELDS = {
+  "choices": {
+    "name": ("adam", "adamw"),
+    "decay": ("constant", "cosine"),
+  },
+  "positive": ("learning_rate",),
+  "not_negative": ("eps", "weight_decay", "warmup_kimg", "clip_norm"),
+  "shares": ("b1", "b2"),
+}
 
 
 class ConfigError(ValueError):
@@ -140,14 +144,7 @@ def validate(config):
     shares=_SHARES,
   )
   for name in _OPTIMIZERS:
-    check_fields(
-      config[name],
-      f"config.{name}.",
-      choices=_OPTIMIZER_CHOICES,
-      positive=("learning_rate",),
-      not_negative=_OPTIMIZER_NOT_NEGATIVE,
-      shares=("b1", "b2"),
-    )
+    check_fields(config[name], f"config.{name}.", **_OPTIMIZER_FIELDS)
   if config.batch_size % config.accumulation:
     raise ConfigError(
       f"config.accumulation={config.accumulation} must divide "
@@ -216,13 +213,16 @@ def load(workdir):
     raise ConfigError(f"{path} is damaged: it holds no config")
   config = ml_collections.ConfigDict(values).lock()
   fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
-  fields |= {f"{name}.learning_rate" for name in _OPTIMIZERS}
-  missing = sorted(fields - flatten(config).keys())
-  missing += networks.missing_fields(config)
-  if missing:
+  for name in _OPTIMIZERS:
+    fields |= {f"{name}.{x}" for xs in _OPTIMIZER_FIELDS.values() for x in xs}
+  different = sorted(fields - flatten(config).keys())
+  for network in networks.TABLES:
+    different += networks.different_fields(config, network)
+  if different:
     raise ConfigError(
-      f"{path} lacks {', '.join(missing)}: another version of vitgan_jax made "
-      "it; train anew, or with that version"
+      f"{path} and this version of vitgan_jax differ in the fields "
+      f"{', '.join(different)}: another version made it; train anew, or with "
+      "that version"
     )
   return config
 

@@ -32,7 +32,11 @@ def make_sampler(nets, mesh):
   stays as it is, to the last bit; at 0 it is the mean for all; see `mean_w`.
   Whatever the numbers, one program draws them.
   """
+  if nets.implementation == "pallas":
+    # Other devices than those of the run may not have them.
+    nets = nets._replace(implementation="auto")
   generator = networks.with_kernels(nets, mesh, BATCH_SIZE)[0].generator
+  batch_size = BATCH_SIZE * mesh.size
 
   def draw(variables, seed, numbers, truncation):
     key = jax.random.key(seed)
@@ -52,7 +56,7 @@ def make_sampler(nets, mesh):
   )
 
   def sampler(variables, seed, start, truncation=None):
-    numbers = start + jnp.arange(BATCH_SIZE * mesh.size)
+    numbers = start + jnp.arange(batch_size)
     return draw(variables, jnp.asarray(seed), numbers, truncation)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
@@ -126,12 +130,12 @@ def _draw(generator, variables, latents, labels, keys, truncation):
   return to_uint8(generator.apply(variables, method=synthesize))
 
 
-def sample_images(sampler, g_params, seed, num_samples):
+def sample_images(sampler, variables, seed, num_samples):
   """Yields the samples 0 to num_samples - 1 of a seed, in batches.
 
   Args:
     sampler: of `make_sampler`.
-    g_params: of the generator.
+    variables: of the averaged generator.
     seed: of the latents.
     num_samples: how many; the last batch is drawn whole and cut, so that
       nothing is compiled for it.
@@ -141,7 +145,7 @@ def sample_images(sampler, g_params, seed, num_samples):
   """
   start = 0
   while start < num_samples:
-    batch = np.asarray(sampler(g_params, seed, start))[: num_samples - start]
+    batch = np.asarray(sampler(variables, seed, start))[: num_samples - start]
     yield batch
     start += len(batch)
 

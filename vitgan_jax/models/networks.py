@@ -127,17 +127,16 @@ def fields_of(network, name):
   return {"kind": name, **kind_of(network, name).fields}
 
 
-def missing_fields(config):
-  """Returns the fields that a config lacks of its networks' kinds, sorted."""
-  missing = set()
-  for network in TABLES:
-    fields = config.get(network, {})
-    if "kind" not in fields:
-      missing.add(f"{network}.kind")
-    else:
-      names = kind_of(network, fields["kind"]).fields.keys() - fields.keys()
-      missing |= {f"{network}.{name}" for name in names}
-  return sorted(missing)
+def different_fields(config, network):
+  """Returns the fields that a network lacks of its kind's, or has beyond them.
+
+  They are sorted, as "generator.width".
+  """
+  fields = config.get(network, {})
+  if "kind" not in fields:
+    return [f"{network}.kind"]
+  names = set(fields_of(network, fields["kind"])) ^ set(fields)
+  return sorted(f"{network}.{name}" for name in names)
 
 
 def check(config):
@@ -148,8 +147,14 @@ def check(config):
   """
   for network in TABLES:
     fields = config[network]
-    network_class = kind_of(network, fields.kind).load()
-    network_class.check(fields, config.data.image_size, f"config.{network}.")
+    kind = kind_of(network, fields.kind)
+    if different := different_fields(config, network):
+      raise ConfigError(
+        f"config.{network}.kind={fields.kind!r} has other fields "
+        f"({', '.join(different)}): --config=FILE.py:{network[0]}="
+        f"{fields.kind} chooses it with them"
+      )
+    kind.load().check(fields, config.data.image_size, f"config.{network}.")
 
 
 class Networks(NamedTuple):
