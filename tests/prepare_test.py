@@ -70,6 +70,7 @@ def test_arrays_are_the_images_with_a_card_and_a_picture(data):
     "split": "train",
     "image_size": 8,
     "crop": "largest centred square",
+    "colours": "sRGB; those of other ICC profiles are converted",
     "filter": "lanczos, antialiased",
     "num_images": 18,
     "skipped": [],
@@ -85,7 +86,7 @@ def test_arrays_are_the_images_with_a_card_and_a_picture(data):
 def test_nothing_is_left_beside_the_prepared_folder(data):
   path = prepare.prepare(data)
   names = {file.name for file in path.parent.iterdir()}
-  assert names == {path.name, ".lock"}
+  assert names == {path.name, ".lock", ".fingerprints"}
 
 
 def test_is_prepared_once(data, monkeypatch):
@@ -236,7 +237,6 @@ def test_killed_preparation_ends_with_the_same_bytes(tmp_path):
 
 def test_two_preparations_at_once_share_the_work(data, monkeypatch):
   path = prepare.prepared_path(data)
-  path.parent.mkdir(parents=True)
   program = (
     "import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
     "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); "
@@ -278,7 +278,7 @@ def test_corrupt_image_is_skipped_and_named(tmp_path, small_shards, capfd):
   np.testing.assert_array_equal(prepared[:], expected)
   skipped = prepared.card["skipped"]
   assert [line.split(":")[0] for line in skipped] == ["00007.png", "00190.png"]
-  assert skipped[0] == "00007.png: no PNG, JPEG, WEBP"
+  assert skipped[0] == "00007.png: no image that Pillow reads"
   output = capfd.readouterr()
   assert skipped[0] in output.out + output.err
 
