@@ -84,15 +84,14 @@ def fingerprint(path, cache=None):
     name for name in folder.files if name.endswith((_LABELS, ".mdb"))
   ]
   names = [*folder.names, *labels_and_lmdbs]
-  states = [folder.files[name] for name in names]
+  paths = [os.path.join(path, name) for name in names]
   # A program may set the other times, but not the last.
   known = _digest(
     (name, x.st_ino, x.st_size, x.st_mtime_ns, x.st_ctime_ns)
-    for name, x in zip(names, states)
+    for name, x in zip(names, map(os.stat, paths))
   )
   if cache and (cache / known).exists():
     return (cache / known).read_text()
-  paths = [path / name for name in names]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     hashes = tqdm(
       pool.map(_sha256, paths),
@@ -248,55 +247,63 @@ class Folder(_Files):
 
   def __init__(self, path):
     """Lists the folder. Links are followed; no file is taken twice."""
-    self._path = path
-    files, unused = {}, collections.defaultdict(list)
-    seen = set()
+    self._path = str(path)
+    self._listed = {}
+    self._rest = collections.defaultdict(list)
+    self._seen = set()
     # Links wait until all that they may lead to has its own name.
-    queue = collections.deque([str(path)])
+    links = collections.deque([self._path])
+    while links:
+      self._list(links.popleft(), links)
+    super().__init__(self._listed, self._rest)
 
-    def name_of(place):
-      return place.removeprefix(str(path)).lstrip("/")
-
-    def is_new(place):
-      """Tells whether a file or folder is there, and there first."""
-      try:
-        state = os.stat(place)
-      except OSError:
-        unused["dangling link"].append(name_of(place))
-        return False
-      key = state.st_dev, state.st_ino
-      if key in seen and (os.path.islink(place) or stat.S_ISDIR(state.st_mode)):
-        unused["doubled"].append(name_of(place))
-        return False
-      seen.add(key)
-      if stat.S_ISREG(state.st_mode):
-        files[name_of(place)] = state
-      return True
-
-    def unreadable(error):
-      unused["unreadable folder"].append(name_of(error.filename))
-
-    while queue:
-      start = queue.popleft()
-      if not os.path.isdir(start):
-        is_new(start)
+  def _list(self, start, links):
+    """Lists a file, or a folder but the links in it, which it adds to those."""
+    if not os.path.isdir(start):
+      self._is_new(start)
+      return
+    for parent, folders, names in os.walk(start, onerror=self._not_listed):
+      children = [os.path.join(parent, x) for x in sorted(folders + names)]
+      folders[:] = sorted(x for x in folders if not _is_hidden(x))
+      if not self._is_new(parent):
+        folders.clear()
         continue
-      for parent, folders, names in os.walk(start, onerror=unreadable):
-        if not is_new(parent):
-          folders.clear()
-          continue
-        hidden = [x for x in folders if _is_hidden(x)]
-        unused["hidden"] += [name_of(os.path.join(parent, x)) for x in hidden]
-        folders[:] = [x for x in folders if x not in hidden]
-        for place in (os.path.join(parent, x) for x in [*folders, *names]):
-          if os.path.islink(place):
-            queue.append(place)
-          elif not os.path.isdir(place):
-            is_new(place)
-    super().__init__(files, unused)
+      for child in children:
+        if _is_hidden(os.path.basename(child)):
+          self._rest["hidden"].append(self._name(child))
+        elif os.path.islink(child):
+          links.append(child)
+        elif not os.path.isdir(child):
+          self._is_new(child)
+
+  def _is_new(self, place):
+    """Notes a file or folder; tells whether it is there, and there first."""
+    name = self._name(place)
+    try:
+      state = os.stat(place)
+    except OSError:
+      self._rest["dangling link"].append(name)
+      return False
+    is_folder = stat.S_ISDIR(state.st_mode)
+    key = state.st_dev, state.st_ino
+    if key in self._seen and (is_folder or os.path.islink(place)):
+      self._rest["doubled"].append(name)
+      return False
+    self._seen.add(key)
+    if stat.S_ISREG(state.st_mode):
+      self._listed[name] = None
+    elif not is_folder:
+      self._rest["no file"].append(name)
+    return True
+
+  def _not_listed(self, error):
+    self._rest["unreadable folder"].append(self._name(error.filename))
+
+  def _name(self, place):
+    return place.removeprefix(self._path).lstrip("/")
 
   def _open(self, name):
-    return open(self._path / name, "rb")
+    return open(os.path.join(self._path, name), "rb")
 
 
 def _open_zip(path):

@@ -1,6 +1,7 @@
 """One image: from the bytes of a file to a square of RGB."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -11,10 +12,11 @@ FORMATS = (
 FILTER = Image.Resampling.LANCZOS
 MAX_PIXELS = 2**30  # of a file; 3 GB of memory for each core
 
-# Pillow's own bounds are for what strangers send; large photographs and long
-# comments are none of that.
+# Pillow's own bounds are for what strangers send: large photographs and long
+# comments are none of that. It warns of broken tags in good pictures.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 _ORIENTATION = 0x0112  # tag of EXIF, whose values are
 _TURNS = {
@@ -81,7 +83,7 @@ def decode(encoded):
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
   image = image.convert("RGB")
-  return image.transpose(turn) if turn else image
+  return image if turn is None else image.transpose(turn)
 
 
 def _turn(image):
