@@ -3,9 +3,9 @@ r"""ViTGAN on your own images.
     python -m vitgan_jax.main --config=configs/folder.py \
       --config.data.path=DIR_OR_ZIP --config.data.image_size=64
 
-PNG, JPEG and WebP files of any size and colour mode, at any depth. They are
-cropped to the largest centred square and resized. Class folders are kept as
-labels, which ViTGAN does not need.
+Images of any kind, size and colour mode, at any depth. They are cropped to the
+largest centred square and resized. Class folders are kept as labels, which
+ViTGAN does not need.
 
 The model is that of configs/celeba64.py. Patches are an eighth of the image,
 so that 64 tokens cover it at every size; the size must be a multiple of 16.

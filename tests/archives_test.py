@@ -1,10 +1,12 @@
+import json
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
 
-from tests.datasets import write_folder, write_lmdb, write_zip
+from tests.datasets import encode, noise, write_folder, write_lmdb, write_zip
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import archives
 
@@ -36,6 +38,133 @@ def test_links_are_followed(tmp_path):
   (tmp_path / "x" / "linked").symlink_to(tmp_path / "elsewhere")
   archive = archives.open_archive(tmp_path / "x")
   assert archive.names == ["linked/1.png"] and archive.read(0) == b"one"
+
+
+def names_of(path):
+  """Returns the names of the images of an archive, and what is not used."""
+  archive = archives.open_archive(path)
+  return list(archive.names), {k: v for k, v in archive.unused.items() if v}
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_what_is_not_used_is_named_by_kind(tmp_path, write):
+  _, unused = names_of(write(tmp_path / "x", FILES | OTHERS))
+  assert unused.pop("no image") == ["readme.txt"]
+  assert {name.split("/")[0] for name in unused.pop("hidden")} == {
+    "b",
+    ".thumbnails",
+    "__MACOSX",
+  }
+  assert not unused
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_image_is_known_by_its_content(tmp_path, write):
+  files = {
+    "1.jfif": encode(noise(4, 4, 3), "JPEG"),
+    "2.bmp": encode(noise(4, 4, 3), "BMP"),
+    "3.TIF": encode(noise(4, 4, 3), "TIFF"),
+    "4": encode(noise(4, 4, 3)),
+    "5.dat": encode(noise(4, 4), "GIF"),
+  }
+  texts = {"6.txt": b"Python", "7": b"P1 and P2", "8": b"", "9": b"BM"}
+  names, unused = names_of(write(tmp_path / "x", files | texts))
+  assert names == list(files)
+  assert unused == {"no image": list(texts)}
+
+
+@pytest.mark.parametrize("target", [".", "..", "sub", "../sub", "../../x"])
+def test_link_to_the_same_files_adds_none(tmp_path, target):
+  write_folder(tmp_path / "x", {"sub/1.png": b"one", "zoo/2.png": b"two"})
+  link = tmp_path / "x" / "sub" / "again"
+  link.symlink_to(target)
+  if target == "sub":
+    link.unlink()
+    (tmp_path / "x" / "again").symlink_to(target)  # read before it
+  names, unused = names_of(tmp_path / "x")
+  assert names == ["sub/1.png", "zoo/2.png"]
+  (doubled,) = unused["doubled"]
+  assert doubled.endswith("again")
+
+
+def test_links_to_files_are_followed_once(tmp_path):
+  write_folder(tmp_path, {"blobs/1": encode(noise(4, 4)), "x/2.png": b"two"})
+  for name, target in [
+    ("0.png", "2.png"),
+    ("1.png", "../blobs/1"),
+    ("3.png", "../blobs/1"),
+    ("4.png", "nowhere"),
+    ("5.png", "5.png"),
+  ]:
+    (tmp_path / "x" / name).symlink_to(target)
+  names, unused = names_of(tmp_path / "x")
+  assert names == ["1.png", "2.png"]
+  assert unused == {
+    "doubled": ["0.png", "3.png"],
+    "dangling link": ["4.png", "5.png"],
+  }
+  archives.fingerprint(tmp_path / "x")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+  write_folder(tmp_path / "x", FILES)
+  os.mkfifo(tmp_path / "x" / "pipe.png")
+  assert names_of(tmp_path / "x") == (sorted(FILES), {"no file": ["pipe.png"]})
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  path = write_folder(tmp_path / "x", FILES)
+
+  def scandir(place, scandir=os.scandir):
+    if str(place).endswith("deep"):
+      raise PermissionError(13, "Permission denied", place)
+    return scandir(place)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  names, unused = names_of(path)
+  assert "a/deep/1.jpg" not in names and len(names) == 3
+  assert unused == {"unreadable folder": ["a/deep"]}
+
+
+def test_name_that_is_no_utf_8_is_shown_as_text(tmp_path):
+  path = write_folder(tmp_path / "x", FILES)
+  with open(os.path.join(os.fsencode(path), b"\xff.png"), "wb") as file:
+    file.write(b"five")
+  archive = archives.open_archive(path)
+  assert archive.read(len(FILES)) == b"five"
+  assert archives.shown(archive.names[-1]) == "\ufffd.png"
+  archives.fingerprint(path)
+
+
+def test_names_in_a_zip_are_brought_to_one_form(tmp_path):
+  files = {"./a/1.png": b"one", "a\\2.png": b"two", "/b/../a/3.png": b"three"}
+  path = write_zip(tmp_path / "x", files | {"../4.png": b"four", "c\\": b""})
+  archive = archives.open_archive(path)
+  assert archive.names == ["4.png", "a/1.png", "a/2.png", "a/3.png"]
+  content = [archive.read(i) for i in range(4)]
+  assert content == [b"four", b"one", b"two", b"three"]
+
+
+def test_last_of_a_zip_s_members_of_one_name_counts(tmp_path):
+  path = tmp_path / "x.zip"
+  with pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(path, "w") as file:
+      for content in (b"old", b"new"):
+        file.writestr("1.png", content)
+  archive = archives.open_archive(path)
+  assert archive.names == ["1.png"] and archive.read(0) == b"new"
+  assert archive.unused == {"doubled": ["1.png"]}
+
+
+def test_encrypted_zip_is_an_error_that_says_so(tmp_path):
+  path = write_zip(tmp_path / "x.zip", FILES)
+  content = bytearray(path.read_bytes())
+  for i in range(len(content)):
+    if content[i : i + 4] == b"PK\1\2":  # of the list of contents
+      content[i + 8] |= 1
+  path.write_bytes(content)
+  with pytest.raises(config_lib.ConfigError, match=r"x\.zip is encrypted"):
+    archives.open_archive(path)
 
 
 def test_lmdb_is_read_by_key(tmp_path):
@@ -93,6 +222,11 @@ def test_damaged_lmdb_is_an_error(tmp_path):
     (["1", "2"], None, None),
     (["a/1", "b/1", "2"], None, None),
     (["all/1", "all/a/2"], None, None),
+    (["00000/img00000999.png", "00001/img00001000.png"], None, None),
+    (["00000/00999.png", "01000/01000.png"], None, None),
+    (["x/00000/1.png", "x/00012/12345.png"], None, None),
+    (["0/1.png", "1/2.png"], ["0", "1"], [0, 1]),  # digits, as classes
+    (["00000/00001_2.ppm", "00001/00000_1.ppm"], ["00000", "00001"], [0, 1]),
   ],
 )
 def test_class_folders_are_labels(names, classes, labels):
@@ -102,6 +236,68 @@ def test_class_folders_are_labels(names, classes, labels):
     assert found is None
   else:
     np.testing.assert_array_equal(found, labels)
+
+
+STYLEGAN = [f"{i // 1000:05d}/img{i:08d}.png" for i in (0, 1, 1000, 1001)]
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+@pytest.mark.parametrize(
+  "labels, classes, expected",
+  [
+    ([7, 3, 3, 12], ["3", "7", "12"], [1, 0, 0, 2]),
+    (None, None, None),
+    ([[0.5, 0.5]] * 4, None, None),
+    ([7, 3, 3], None, None),  # and none of the last
+  ],
+)
+@pytest.mark.parametrize("folder", ["", "faces/"])
+def test_classes_of_stylegan_s_tool_are_read(
+  tmp_path, write, labels, classes, expected, folder
+):
+  if labels is not None:
+    labels = [list(pair) for pair in zip(STYLEGAN[::-1], labels[::-1])]
+  files = dict.fromkeys(STYLEGAN, b"x")
+  files["dataset.json"] = json.dumps({"labels": labels}).encode()
+  files = {folder + name: content for name, content in files.items()}
+  archive = archives.open_archive(write(tmp_path / "x", files))
+  found_classes, found = archive.class_labels()
+  assert found_classes == classes
+  np.testing.assert_array_equal(found, expected)
+  unused = {kind for kind, names in archive.unused.items() if names}
+  assert unused == (set() if labels is None or expected else {"labels"})
+
+
+def test_dataset_json_of_another_tool_is_no_list_of_classes(tmp_path):
+  files = {"a/1.png": b"", "b/2.png": b"", "dataset.json": b'["labels"]'}
+  archive = archives.open_archive(write_folder(tmp_path / "x", files))
+  assert archive.class_labels()[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_fingerprint_is_of_all_content(tmp_path, write):
+  files = {f"{i:05d}.png": b"%5d" % i for i in range(2000)}
+  fingerprint = archives.fingerprint(write(tmp_path / "x", files))
+  for name in ("00000.png", "01999.png"):  # of the same size
+    other = write(tmp_path / name, files | {name: b"other"})
+    assert archives.fingerprint(other) != fingerprint
+  labels = write(tmp_path / "y", files | {"dataset.json": b"{}"})
+  assert archives.fingerprint(labels) != fingerprint
+
+
+def test_folder_is_read_anew_when_it_was_edited_in_place(tmp_path, monkeypatch):
+  path, cache = write_folder(tmp_path / "x", FILES), tmp_path / "cache"
+  before = archives.fingerprint(path, cache)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(archives, "_sha256", None)
+    assert archives.fingerprint(path, cache) == before
+  file = path / "0.jpeg"
+  times = file.stat()
+  file.write_bytes(b"ZERO")
+  os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+  changed = archives.fingerprint(path, cache)
+  assert changed not in (before, archives.fingerprint(tmp_path / "x" / "a"))
+  assert changed == archives.fingerprint(path)
 
 
 @pytest.mark.parametrize("write", [write_folder, write_zip])

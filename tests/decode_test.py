@@ -1,5 +1,9 @@
+import io
+import struct
+import zlib
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 import pytest
 
 from tests.datasets import encode, noise
@@ -75,12 +79,131 @@ def test_grey_with_alpha_and_palette_with_a_transparent_colour():
   np.testing.assert_array_equal(decoded[1, 1], [255, 255, 255])
 
 
-def test_photo_is_turned_upright():
+def png(colour_type, values, *chunks, size=None):
+  """Returns a PNG of 16 bits that Pillow would not write.
+
+  Args:
+    colour_type: 0 is grey, 2 RGB.
+    values: uint16 [H, W] or [H, W, 3].
+    *chunks: (name, content) to be put before the pixels.
+    size: width and height that are stated, if they are not those of the values.
+  """
+  height, width = values.shape[:2]
+  rows = values.astype(">u2").reshape(height, -1)
+  header = struct.pack(
+    ">II5B", *(size or (width, height)), 16, colour_type, 0, 0, 0
+  )
+  pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+  result = b"\x89PNG\r\n\x1a\n"
+  for name, content in [
+    (b"IHDR", header),
+    *chunks,
+    (b"IDAT", pixels),
+    (b"IEND", b""),
+  ]:
+    checksum = zlib.crc32(name + content)
+    result += struct.pack(">I", len(content)) + name + content
+    result += struct.pack(">I", checksum)
+  return result
+
+
+def test_transparent_colour_of_sixteen_bits_becomes_white():
+  values = np.array([[0, 1000, 30_000, 65_535]], np.uint16)
+  transparent = (b"tRNS", struct.pack(">H", 0))
+  decoded = as_array(png(0, values, transparent))
+  np.testing.assert_array_equal(decoded[0, :, 0], [255, 4, 117, 255])
+  colours = np.stack([values, values, values + 1], axis=-1)
+  transparent = (b"tRNS", struct.pack(">HHH", 1000, 1000, 1001))
+  decoded = as_array(png(2, colours, transparent))
+  np.testing.assert_array_equal(decoded[0, :3, 0], [0, 255, 117])
+
+
+def swapped_profile():
+  """Returns an ICC profile whose red is the blue of sRGB."""
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  profile = profile.replace(
+    "sRGB".encode("utf-16-be"), "mine".encode("utf-16-be")
+  )
+  for old, new in [(b"rXYZ", b"-XYZ"), (b"bXYZ", b"rXYZ"), (b"-XYZ", b"bXYZ")]:
+    profile = profile.replace(old, new)
+  return profile
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_colours_of_a_profile_become_those_of_srgb(kind):
+  image = noise(5, 6, 3)
+  decoded = as_array(encode(image, kind, icc_profile=swapped_profile()))
+  error = decoded.astype(int) - image[..., ::-1]
+  assert np.abs(error).max() <= 2
+  with_alpha = np.dstack([image, np.where(image[..., 0] > 127, 255, 0)])
+  decoded = as_array(
+    encode(with_alpha.astype(np.uint8), kind, icc_profile=swapped_profile())
+  )
+  expected = np.where(image[..., :1] > 127, image[..., ::-1], 255)
+  assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+def test_profile_of_srgb_or_of_no_use_changes_nothing():
+  image = noise(5, 6, 3)
+  srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  for profile in (srgb, b"broken", swapped_profile()[:300]):
+    decoded = as_array(encode(image, icc_profile=profile))
+    np.testing.assert_array_equal(decoded, image)
+  grey = as_array(encode(image[..., 0], icc_profile=swapped_profile()))
+  np.testing.assert_array_equal(grey[..., 0], image[..., 0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_broken_exif_does_not_matter(kind):
+  image = np.asarray(Image.fromarray(noise(4, 6, 3)).resize((48, 32)))
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010E] = 6, "description"
+  whole, rng = exif.tobytes(), np.random.default_rng(0)
+  for i in range(60):
+    broken = np.frombuffer(whole[: i + 6], np.uint8).copy()
+    if i % 2:
+      broken = np.frombuffer(whole, np.uint8).copy()
+      broken[rng.integers(6, len(whole), 4)] = rng.integers(0, 256, 4)
+    decoded = as_array(encode(image, kind, exif=broken.tobytes()))
+    assert decoded.shape in ((32, 48, 3), (48, 32, 3))
+
+
+def test_long_texts_do_not_matter():
+  info = PngImagePlugin.PngInfo()
+  info.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000)
+  info.add_text("comment", "y" * 3_000_000, zip=True)
+  image = noise(4, 4, 3)
+  np.testing.assert_array_equal(as_array(encode(image, pnginfo=info)), image)
+
+
+def test_large_image_is_one_up_to_the_bound(monkeypatch):
+  header = png(0, np.zeros((1, 1)), size=(15_000, 15_000))
+  assert decode.is_image(io.BytesIO(header))
+  monkeypatch.setattr(decode, "MAX_PIXELS", 20)
+  decode.decode(encode(noise(5, 4)))
+  with pytest.raises(ValueError, match="3 x 7 are more than 20 pixels"):
+    decode.decode(encode(noise(7, 3)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_photo_is_turned_upright(kind, orientation):
   image = noise(4, 6, 3)
   exif = Image.Exif()
-  exif[0x0112] = 6  # orientation: to be turned a quarter clockwise
-  turned = as_array(encode(image, "PNG", exif=exif))
-  np.testing.assert_array_equal(turned, np.rot90(image, -1))
+  exif[0x0112] = orientation
+  turned = as_array(encode(image, kind, exif=exif))
+  # Of EXIF: where row 0 and column 0 of what is stored belong.
+  expected = {
+    1: image,
+    2: image[:, ::-1],
+    3: image[::-1, ::-1],
+    4: image[::-1],
+    5: image.swapaxes(0, 1),
+    6: np.rot90(image, -1),
+    7: image[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(image),
+  }[orientation]
+  np.testing.assert_array_equal(turned, expected)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
-from vitgan_jax.data import decode, pipeline, prepare, shards
+from vitgan_jax.data import archives, decode, pipeline, prepare, shards
 
 
 def write_images(path, num_images, size=8):
@@ -70,6 +70,7 @@ def test_arrays_are_the_images_with_a_card_and_a_picture(data):
     "split": "train",
     "image_size": 8,
     "crop": "largest centred square",
+    "colours": "sRGB; those of other ICC profiles are converted",
     "filter": "lanczos, antialiased",
     "num_images": 18,
     "skipped": [],
@@ -85,7 +86,7 @@ def test_arrays_are_the_images_with_a_card_and_a_picture(data):
 def test_nothing_is_left_beside_the_prepared_folder(data):
   path = prepare.prepare(data)
   names = {file.name for file in path.parent.iterdir()}
-  assert names == {path.name, ".lock"}
+  assert names == {path.name, ".lock", ".fingerprints"}
 
 
 def test_is_prepared_once(data, monkeypatch):
@@ -236,7 +237,6 @@ def test_killed_preparation_ends_with_the_same_bytes(tmp_path):
 
 def test_two_preparations_at_once_share_the_work(data, monkeypatch):
   path = prepare.prepared_path(data)
-  path.parent.mkdir(parents=True)
   program = (
     "import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
     "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); "
@@ -261,6 +261,48 @@ def test_two_preparations_at_once_share_the_work(data, monkeypatch):
     assert prepare.prepare(data) == path  # it waited, and made nothing
 
 
+def test_two_folders_of_the_same_names_and_sizes_are_two_datasets(data):
+  whole = pipeline.load_images(data)
+  images = [noise(8, 8, 3, seed=i + 100) for i in range(18)]
+  for i, image in enumerate(images):
+    path = os.path.join(data.path, f"{i:05d}.png")
+    assert os.path.getsize(path) == len(encode(image))
+    with open(path, "wb") as file:
+      file.write(encode(image))
+  others = pipeline.load_images(data)
+  assert others.path != whole.path
+  np.testing.assert_array_equal(others[:], images)
+  with pytest.raises(config_lib.ConfigError, match="not the same"):
+    state = pipeline.ShuffledBatches(whole, 4, 0).state(1)
+    pipeline.ShuffledBatches(others, 4, 0).step(state)
+
+
+def test_known_folder_is_not_read_again(data, monkeypatch):
+  path = prepare.prepare(data)
+  monkeypatch.setattr(archives, "_sha256", None)
+  assert prepare.prepared_path(data) == path
+
+
+def test_summary_names_what_was_not_used(tmp_path, small_shards):
+  write_images(tmp_path / "images", 100)
+  folder = tmp_path / "images"
+  (folder / "loop").symlink_to(folder)
+  (folder / "00007.png").write_bytes(b"no image")
+  for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+    (folder / name).write_text("text")
+  (folder / "nowhere.png").symlink_to("nothing")
+  data = data_config(tmp_path / "data", "folder", path=str(folder))
+  path = prepare.prepare(data)
+  assert prepare.summary(path) == (
+    "106 found, 99 used; not used: 1 doubled (loop); 1 dangling link "
+    "(nowhere.png); 4 no image (a.txt, b.txt, c.txt, ...); 1 corrupt "
+    "(00007.png: no image that Pillow reads); all names are in "
+    f"{path / 'unused.json'}"
+  )
+  names = json.loads((path / "unused.json").read_text())
+  assert names["no image"] == ["a.txt", "b.txt", "c.txt", "d.txt"]
+
+
 def corrupt(data, names, content=b"no image"):
   for name in names:
     with open(os.path.join(data.path, name), "wb") as file:
@@ -278,7 +320,7 @@ def test_corrupt_image_is_skipped_and_named(tmp_path, small_shards, capfd):
   np.testing.assert_array_equal(prepared[:], expected)
   skipped = prepared.card["skipped"]
   assert [line.split(":")[0] for line in skipped] == ["00007.png", "00190.png"]
-  assert skipped[0] == "00007.png: no PNG, JPEG, WEBP"
+  assert skipped[0] == "00007.png: no image that Pillow reads"
   output = capfd.readouterr()
   assert skipped[0] in output.out + output.err
 
@@ -388,6 +430,7 @@ def test_command_prepares_then_verifies(tmp_path):
     assert words in output
   sheet = f"data/vitgan_jax/{path.name}/contact_sheet.png"
   assert sheet in output and (tmp_path / sheet).exists()
+  assert output.splitlines()[-1] == "images    18 found, all of them used"
   before = runs.snapshot(path)
 
   code, _, errors = runs.call(*command, cwd=tmp_path)

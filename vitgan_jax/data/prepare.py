@@ -32,6 +32,8 @@ from vitgan_jax.data.source import count
 _MIN_SHARD_IMAGES = 2048
 _MAX_SHARDS = 256
 
+_UNUSED = "unused.json"  # {kind: names}, where there is any
+
 
 def prepared_path(data):
   """Returns the folder of the prepared images of a config's `data`.
@@ -44,7 +46,8 @@ def prepared_path(data):
     name.append("x".join(map(str, data.crop)))
   if data.path:
     # Other images under the same path are another dataset.
-    name.append(archives.fingerprint(data.path))
+    known = data_dir(data) / "vitgan_jax" / ".fingerprints"
+    name.append(archives.fingerprint(data.path, known))
   name = re.sub(r"[^\w.=+-]", "_", "-".join(name))
   return data_dir(data) / "vitgan_jax" / name
 
@@ -124,6 +127,7 @@ def _prepare(data, path):
     "split": data.split,
     "image_size": data.image_size,
     "crop": list(data.crop) or "largest centred square",
+    "colours": "sRGB; those of other ICC profiles are converted",
     "filter": f"{decode.FILTER.name.lower()}, antialiased",
   }
   partial = path.with_name(path.name + ".partial")
@@ -141,12 +145,34 @@ def _prepare(data, path):
     card["classes"] = source.classes
     np.save(partial / "labels.npy", np.array(labels, np.int32))
   card["shards"] = records
+  unused = {**source.unused, "corrupt": card["skipped"]}
+  unused = {kind: names for kind, names in unused.items() if names}
+  if unused:
+    text = json.dumps(unused, indent=2, ensure_ascii=False)
+    (partial / _UNUSED).write_text(text + "\n")
   _write_contact_sheet(partial, card)
   (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
   partial.rename(path)  # a folder of this name is whole
   for file in [path / "plan.json", *path.glob("images-*.json")]:
     file.unlink()
-  print(f"Prepared {card['num_images']:,} images in {path}", flush=True)
+  print(f"Prepared in {path}: {summary(path)}", flush=True)
+
+
+def summary(path):
+  """Returns a line on what was found and used for a prepared folder."""
+  used = read_card(path)["num_images"]
+  if not (path / _UNUSED).exists():
+    return f"{used:,} found, all of them used"
+  unused = json.loads((path / _UNUSED).read_text())
+  kinds = []
+  for kind, names in unused.items():
+    first = ", ".join(" ".join(name.split()) for name in names[:3])
+    kinds.append(f"{len(names):,} {kind} ({first}{', ...' * (len(names) > 3)})")
+  found = used + sum(map(len, unused.values()))
+  return (
+    f"{found:,} found, {used:,} used; not used: {'; '.join(kinds)}; all names "
+    f"are in {path / _UNUSED}"
+  )
 
 
 def _resume_or_start(partial, plan):
@@ -206,8 +232,8 @@ def main(arguments):
   card = read_card(path)
   for key in ("dataset", "source", "split", "crop", "filter", "licence"):
     print(f"{key:<10}{card[key]}")
-  print(f"{'images':<10}{card['num_images']:,}, {len(card['skipped'])} skipped")
   print(f"{'look at':<10}{path / 'contact_sheet.png'}")
+  print(f"{'images':<10}{summary(path)}")
 
 
 if __name__ == "__main__":

@@ -69,11 +69,11 @@ class ShardMaker:
     ):
       for record in filter(None, records):
         self._count_skipped(record["skipped"])
-      futures = {pool.submit(self._make_shard, k): k for k in missing}
+      futures = {pool.submit(self._make_or_stop, k): k for k in missing}
       try:
         for future in concurrent.futures.as_completed(futures):
           records[futures[future]] = future.result()
-      finally:  # of an error or Ctrl-C: threads end at their next image
+      finally:  # of Ctrl-C: threads end at their next image
         self._stop.set()
         pool.shutdown(cancel_futures=True)
     done = sum(r["num_images"] + len(r["skipped"]) for r in records)
@@ -103,6 +103,14 @@ class ShardMaker:
 
   def _path(self, k):
     return self._folder / f"images-{k:05d}.npy"
+
+  def _make_or_stop(self, k):
+    """Makes shard k; an error ends the other threads, too."""
+    try:
+      return self._make_shard(k)
+    except BaseException:
+      self._stop.set()
+      raise
 
   def _make_shard(self, k):
     """Writes shard k, then its record: a shard with a record is whole."""

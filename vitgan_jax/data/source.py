@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import os
 import pathlib
 import re
 
 from vitgan_jax.config import ConfigError
+from vitgan_jax.data import archives
 
 _PART = re.compile(r"([\w-]+)(?:\[(-?[\d.]*)%?:(-?[\d.]*)%?\])?")
 
@@ -23,6 +23,7 @@ class Source:
     read: function of (split, start, stop) that yields these images of a split:
       the name, the bytes and the class (or None) of each. Threads call it.
     classes: their names, or None.
+    unused: {kind: names} of what is there and no image of it.
   """
 
   name: str
@@ -31,6 +32,7 @@ class Source:
   sizes: dict[str, int]
   read: Callable[[str, int, int], Iterator[tuple[str, bytes, int | None]]]
   classes: list[str] | None = None
+  unused: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def parts(self, splits):
     """Returns what a text like "train[:90%]+test" means.
@@ -94,7 +96,12 @@ def of_archives(name, path, licence, splits, classes=None, labels=None):
     archive, indices = splits[split]
     for i in indices[start:stop]:
       label = None if labels is None else int(labels[i])
-      yield os.fsdecode(archive.names[i]), archive.read(i), label
+      yield archives.shown(archive.names[i]), archive.read(i), label
 
   sizes = {split: len(indices) for split, (_, indices) in splits.items()}
-  return Source(f"{name}/1.0.0", path, licence, sizes, read, classes)
+  unused = {
+    kind: [archives.shown(x) for x in names]
+    for archive, _ in splits.values()
+    for kind, names in archive.unused.items()
+  }
+  return Source(f"{name}/1.0.0", path, licence, sizes, read, classes, unused)

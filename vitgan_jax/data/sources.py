@@ -66,7 +66,7 @@ def _ffhq(data, unused_variant):
 def _in_place(name, path, licence, with_labels=False):
   """Returns a Source with all images of one archive as `train`."""
   archive = archives.open_archive(path)
-  labels = archives.class_labels(archive.names) if with_labels else ()
+  labels = archive.class_labels() if with_labels else ()
   splits = {"train": (archive, np.arange(len(archive.names)))}
   return source.of_archives(name, path, licence, splits, *labels)
 
