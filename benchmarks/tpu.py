@@ -195,9 +195,8 @@ def programs(config, mesh):
     sharding = partitioning.replicated(mesh)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  per_chip = config.batch_size // mesh.size
   nets, implementations = networks.with_kernels(
-    networks.build(config), mesh, per_chip // config.accumulation
+    networks.build(config), mesh, config.batch_size, config.accumulation
   )
   state = state_shapes(config, nets, mesh)
   batch = {"images": images(1, 1, config.batch_size, size, size, 3, axis=2)}
@@ -206,7 +205,7 @@ def programs(config, mesh):
     make_train_steps(config, nets, mesh),
     (state, {**batch, "labels": None}),
     config.dtype,
-    per_chip,
+    config.batch_size // mesh.size,
     implementations,
   )
   number = replicated(jnp.zeros((), jnp.int32))

@@ -21,9 +21,8 @@ def run(config, seconds):
   """
   config_lib.validate(config)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
-  images_per_device = config.batch_size // (mesh.size * config.accumulation)
   nets, _ = networks.with_kernels(
-    networks.build(config), mesh, images_per_device
+    networks.build(config), mesh, config.batch_size, config.accumulation
   )
   state = init_train_state(config, nets, mesh)
   size = config.data.image_size

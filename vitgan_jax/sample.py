@@ -35,7 +35,8 @@ def make_sampler(nets, mesh):
   if nets.implementation == "pallas":
     # Other devices than those of the run may not have them.
     nets = nets._replace(implementation="auto")
-  generator = networks.with_kernels(nets, mesh, BATCH_SIZE)[0].generator
+  nets, _ = networks.with_kernels(nets, mesh, BATCH_SIZE * mesh.size)
+  generator = nets.generator
   batch_size = BATCH_SIZE * mesh.size
 
   def draw(variables, seed, numbers, truncation):

@@ -68,9 +68,7 @@ def train_and_evaluate(config, workdir):
       f"{config.batch_size}: give more images or a smaller batch"
     )
   nets, implementations = networks.with_kernels(
-    networks.build(config),
-    mesh,
-    config.batch_size // (mesh.size * config.accumulation),
+    networks.build(config), mesh, config.batch_size, config.accumulation
   )
   _claim_workdir(config, workdir)
   batches = pipeline.ShuffledBatches(

@@ -150,11 +150,12 @@ def _num_tiles(tiled, shared, max_rows, unit=1):
   num_rows = len(tiled[0])
   divisor = math.gcd(*(len(x) for x in tiled))
   shared = jax.tree.leaves(shared)
-  # Weights, once; their gradients, twice; and about eight arrays between
-  # inputs and outputs.
-  width = max(x.shape[-1] for x in (tiled[0], *shared))
-  memory = _VMEM_BYTES - 3 * 4 * sum(x.size for x in shared)
-  max_rows = min(max(max_rows, unit), memory // (8 * 4 * width))
+  # Of float32 numbers: weights, once; their gradients, twice; rows that come in
+  # or their gradients, three times; and about eight arrays between.
+  memory = _VMEM_BYTES // 4 - 3 * sum(x.size for x in shared)
+  between = max((x.shape[-1] for x in shared), default=tiled[0].shape[-1])
+  row = 3 * sum(x.shape[-1] for x in tiled) + 8 * between
+  max_rows = min(max(max_rows, unit), memory // row)
   multiple = math.lcm(unit, _REGISTER_ROWS)
   for num_tiles in range(1, divisor + 1):
     size = num_rows // num_tiles

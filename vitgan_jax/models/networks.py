@@ -196,7 +196,7 @@ def plain(network):
   return network.clone(implementation="xla")
 
 
-def with_kernels(nets, mesh, num_images):
+def with_kernels(nets, mesh, batch_size, num_parts=1):
   """Chooses how the networks compute.
 
   "auto" takes kernels on TPUs, where they take these shapes.
@@ -204,7 +204,8 @@ def with_kernels(nets, mesh, num_images):
   Args:
     nets: Networks.
     mesh: of the devices.
-    num_images: of the smallest call, on one device.
+    batch_size: of the smallest call, over all devices.
+    num_parts: micro-batches that each device takes its share in.
 
   Returns:
     (Networks; a line for each of them that says what was chosen, and why not
@@ -229,7 +230,8 @@ def with_kernels(nets, mesh, num_images):
     elif wanted == "auto":
       implementation = "pallas" if platform == "tpu" else "xla"
     if implementation != "xla":
-      reason = _obstacle(network, name, implementation, num_images)
+      parts = mesh.size * num_parts
+      reason = _obstacle(network, name, implementation, batch_size, parts)
       if reason and wanted != "auto":
         raise ConfigError(
           f"config.implementation={wanted!r} is not for this {name}: {reason}"
@@ -242,10 +244,10 @@ def with_kernels(nets, mesh, num_images):
   return Networks(**chosen, implementation=wanted), lines
 
 
-def _obstacle(network, name, implementation, num_images):
-  """Returns why kernels cannot take a call of so many images; "" if they can.
+def _obstacle(network, name, implementation, batch_size, num_parts):
+  """Returns why kernels cannot take parts of a batch; "" if they can.
 
-  A batch that is a multiple of theirs is named, if that would do.
+  The next larger batch is named, if that would do.
   """
   import jax
   import jax.numpy as jnp
@@ -268,10 +270,9 @@ def _obstacle(network, name, implementation, num_images):
       return str(error)
     return ""
 
+  num_images = batch_size // num_parts
   reason = trace(num_images)
   more = -(-num_images // GROUP_SIZE) * GROUP_SIZE
   if reason and more != num_images and not trace(more):
-    reason += (
-      f": {more} on a device and micro-batch, not {num_images}, would do"
-    )
+    reason += f"; config.batch_size={more * num_parts} would do"
   return reason
