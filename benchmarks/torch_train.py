@@ -25,9 +25,10 @@ def draw_augmentation(batch, size, strengths):
 
   draws = {}
   if s.brightness or s.saturation or s.contrast:
-    mask = applied(*per_image)
     limits = (s.brightness, s.saturation, s.contrast)
-    draws["color"] = tuple(mask * uniform(per_image, x) for x in limits)
+    draws["color"] = tuple(
+      applied(*per_image) * uniform(per_image, x) for x in limits
+    )
   if s.translation or s.scaling:
     zoom = 1.0 + applied(batch, 1) * uniform((batch, 1), s.scaling)
     limit = round(size * s.translation)
@@ -35,7 +36,7 @@ def draw_augmentation(batch, size, strengths):
     draws["geometry"] = (zoom, shift + 0.5 * size * (1.0 - zoom))
   if s.cutout:
     side = round(size * s.cutout)
-    start = torch.randint(0, size, (2, batch, 1)) - side // 2
+    start = torch.randint(0, size + 1 - side % 2, (2, batch, 1)) - side // 2
     position = torch.arange(size)
     rows, columns = (position >= start) & (position < start + side)
     inside = rows[:, :, None] & columns[:, None] & applied(batch, 1, 1)

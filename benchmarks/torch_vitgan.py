@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from vitgan_jax import config as config_lib
 from vitgan_jax.models.layers import LAYER_NORM_EPSILON, cell_centres
+from vitgan_jax.models.transformer import QK_GAINS
 
 _SWITCHES = {
   "generator.kind": "vitgan",
@@ -146,17 +147,18 @@ class PatchEmbedding(Dense):
 
 
 class SineEmbedding(nn.Module):
-  """sin(M c) of the cell centres c of a square grid, M learned."""
+  """sin(M c + b) of the cell centres c of a square grid, M and b learned."""
 
   def __init__(self, grid_size, features, scale):
     super().__init__()
     self.frequencies = nn.Parameter(torch.zeros(2, features))
+    self.phase = nn.Parameter(torch.zeros(features))
     centres = torch.tensor(scale * cell_centres(grid_size))
     self.register_buffer("centres", centres, persistent=False)
 
   def forward(self):
     """Returns [grid_size**2, features]."""
-    return torch.sin(self.centres @ self.frequencies)
+    return torch.sin(self.centres @ self.frequencies + self.phase)
 
 
 class SelfModulatedLayerNorm(nn.Module):
@@ -179,11 +181,16 @@ class Attention(nn.Module):
   With L2, the discriminator's, all layers are normalised spectrally.
   """
 
-  def __init__(self, width, num_heads, l2, qk_gain=1.0):
+  def __init__(self, width, num_heads, l2, qk_gain):
     super().__init__()
     self.num_heads, self.l2 = num_heads, l2
     shape = (width, width)
-    self.query = Dense(shape, not l2, gain=qk_gain, spectral_norm=l2)
+    self.query = Dense(
+      shape,
+      not l2,
+      gain=qk_gain or QK_GAINS["l2" if l2 else "dot"],
+      spectral_norm=l2,
+    )
     self.key = None if l2 else Dense(shape, bias=False)
     self.value = Dense(shape, spectral_norm=l2)
     self.out = Dense(shape, spectral_norm=l2)
@@ -282,7 +289,7 @@ class Generator(nn.Module):
 
     self.blocks = []
     for i in range(c.depth):
-      attention = Attention(c.width, c.num_heads, l2=False)
+      attention = Attention(c.width, c.num_heads, False, c.qk_gain)
       block = Block(make_norm, attention, c.width, c.mlp_dim)
       self.add_module(f"block{i}", block)
       self.blocks.append(block)

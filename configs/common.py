@@ -64,8 +64,11 @@ def get_config():
   config.loss.bcr_weight = 10.0
   config.loss.r1_gamma = 0.0
   config.loss.r2_gamma = 0.0
-  config.loss.gradient_penalty_every = 16  # steps; R1 and R2 are lazy
+  config.loss.gradient_penalty = "exact"  # or "approximate", by differences
+  # Steps from one R1 and R2 to the next; 0 is 1 for "rpgan", 16 for others
+  config.loss.gradient_penalty_every = 0
   config.loss.lecam_weight = 0.0
+  config.loss.lecam_from_step = 1_000  # its averages of logits start at 0
 
   config.augment = ml_collections.ConfigDict()
   config.augment.probability = 0.8

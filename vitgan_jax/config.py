@@ -34,6 +34,7 @@ _CHOICES = {
   "dtype": ("float32", "bfloat16"),
   "implementation": ("auto", *IMPLEMENTATIONS),
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
+  "loss.gradient_penalty": ("exact", "approximate"),
   "evaluation.features": ("inception", "efficientnet"),
 }
 
@@ -45,7 +46,6 @@ _POSITIVE = (
   "accumulation",
   "fsdp",
   "data.image_size",
-  "loss.gradient_penalty_every",
   "ema.half_life_kimg",
   "evaluation.num_samples",
   "log_every_kimg",
@@ -59,6 +59,8 @@ _NOT_NEGATIVE = (
   "seed",
   "data.num_classes",
   "loss.bcr_weight",
+  "loss.gradient_penalty_every",
+  "loss.lecam_from_step",
   "loss.r1_gamma",
   "loss.r2_gamma",
   "loss.lecam_weight",

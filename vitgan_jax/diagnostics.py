@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitgan_jax import partitioning, pictures
 from vitgan_jax.models import networks
@@ -37,7 +38,10 @@ def make_diagnostics(nets, mesh):
 
   attention/entropy_min, attention/entropy_mean: of the discriminator's blocks,
     as a share of log N, if it shows any. Near 0 each token attends to itself
-    alone.
+    alone. attention/g_entropy_min, attention/g_entropy_mean: of the generator.
+  borders/step_ratio: mean |difference| of neighbouring pixels of the averaged
+    generator's images across the borders of its patches over that inside, if it
+    has patches; borders/step_ratio_real: of the images, to compare.
   sigma/growth_max: the largest sigma(W) / sigma(W_init) of its kernels, if
     they are normalised.
   diversity/std_over_latents: standard deviation of the averaged generator's
@@ -50,19 +54,43 @@ def make_diagnostics(nets, mesh):
     _, collections = discriminator.apply(
       state.d_variables, to_float(images), labels, mutable=["intermediates"]
     )
-    fake_images = generator.apply(state.g_ema_variables, latents, labels)
+    fake_images, g_collections = generator.apply(
+      state.g_ema_variables, latents, labels, mutable=["intermediates"]
+    )
     scalars = {
       "diversity/std_over_latents": jnp.mean(jnp.std(fake_images, axis=0)),
       "diversity/std_of_mean_image": jnp.std(jnp.mean(fake_images, axis=0)),
     }
-    if entropy := list(_sown(collections, "attention_entropy").values()):
-      scalars["attention/entropy_min"] = jnp.min(jnp.stack(entropy))
-      scalars["attention/entropy_mean"] = jnp.mean(jnp.stack(entropy))
+    for prefix, shown in (("", collections), ("g_", g_collections)):
+      if entropy := list(_sown(shown, "attention_entropy").values()):
+        entropy = jnp.stack(entropy)
+        scalars[f"attention/{prefix}entropy_min"] = jnp.min(entropy)
+        scalars[f"attention/{prefix}entropy_mean"] = jnp.mean(entropy)
+    if patch_size := getattr(generator, "patch_size", None):
+      for suffix, shown in (("", fake_images), ("_real", to_float(images))):
+        ratio = border_step_ratio(jnp.clip(shown, -1.0, 1.0), patch_size)
+        scalars[f"borders/step_ratio{suffix}"] = ratio
     if growth := _sown(collections, "sigma_growth"):
       scalars["sigma/growth_max"] = jnp.max(jnp.stack(list(growth.values())))
     return scalars, Intermediates(_attention_maps(collections), growth)
 
   return jax.jit(diagnostics, out_shardings=partitioning.replicated(mesh))
+
+
+def border_step_ratio(images, patch_size):
+  """Returns how much larger steps across patch borders are than those inside.
+
+  1 is images without a grid.
+
+  Args:
+    images: [B, S, S, C].
+    patch_size: distance of the borders.
+  """
+  is_border = np.arange(1, images.shape[1]) % patch_size == 0
+  columns = jnp.abs(jnp.diff(images, axis=2))
+  rows = jnp.abs(jnp.diff(images, axis=1)).swapaxes(1, 2)
+  steps = jnp.mean(columns + rows, axis=(0, 1, 3))
+  return jnp.mean(steps[is_border]) / jnp.mean(steps[~is_border])
 
 
 def _attention_maps(collections):

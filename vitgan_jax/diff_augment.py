@@ -32,7 +32,7 @@ def draw(
   Args:
     key: of the image.
     size: S, pixels along a side.
-    probability: of each of colour, geometry's two parts, and cutout.
+    probability: of each of them.
     brightness: added to all channels: up to this, either sign.
     saturation: distance from grey is multiplied by 1 +- up to this.
     contrast: distance from the mean is multiplied by 1 +- up to this.
@@ -70,19 +70,15 @@ def apply(draws, image):
   return image
 
 
-def _draw_color(key, probability, brightness, saturation, contrast):
-  keys = jax.random.split(key, 4)
-  applied = jax.random.bernoulli(keys[0], probability)
+def _draw_color(key, probability, *limits):
+  """Returns a strength within each of the limits, or 0: each has its coin."""
 
   def strength(key, limit):
+    coin_key, key = jax.random.split(key)
     x = jax.random.uniform(key, minval=-limit, maxval=limit)
-    return jnp.where(applied, x, 0.0)
+    return jnp.where(jax.random.bernoulli(coin_key, probability), x, 0.0)
 
-  return (
-    strength(keys[1], brightness),
-    strength(keys[2], saturation),
-    strength(keys[3], contrast),
-  )
+  return tuple(map(strength, jax.random.split(key, len(limits)), limits))
 
 
 def color(image, brightness, saturation, contrast):
@@ -137,7 +133,10 @@ def _draw_cutout(key, size, probability, cutout):
   applied_key, centre_key = jax.random.split(key)
   applied = jax.random.bernoulli(applied_key, probability)
   side = round(size * cutout)
-  start = jax.random.randint(centre_key, (2, 1), 0, size) - side // 2
+  # An even side is centred between pixels: one place more, and no border of the
+  # image is hidden more often than the one across.
+  centres = size + 1 - side % 2
+  start = jax.random.randint(centre_key, (2, 1), 0, centres) - side // 2
   position = jnp.arange(size)
   rows, columns = (position >= start) & (position < start + side)
   return (applied & rows[:, None] & columns,)

@@ -40,8 +40,8 @@ def d_loss(d_params, batch, state, *, config, nets):
   Returns:
     (loss, (metrics, the discriminator's model_state after this call)).
   """
-  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys = split_keys(
-    batch["keys"], 6
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = (
+    split_keys(batch["keys"], 7)
   )
   labels = batch["labels"]
   augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
@@ -76,20 +76,30 @@ def d_loss(d_params, batch, state, *, config, nets):
       logits[2], real_logits
     ) + losses.balanced_consistency(logits[3], fake_logits)
   if config.loss.lecam_weight:
-    penalties["lecam"] = losses.lecam(real_logits, fake_logits, state.logit_ema)
-  for name, images in (("r1", real_augmented), ("r2", fake_augmented)):
+    penalties["lecam"] = jnp.where(
+      state.step >= config.loss.lecam_from_step,
+      losses.lecam(real_logits, fake_logits, state.logit_ema),
+      0.0,
+    )
+  # Slopes are those at the image itself, through its augmentation.
+  for name, images, augment_keys in (
+    ("r1", real_images, real_keys),
+    ("r2", fake_images, fake_keys),
+  ):
     if config.loss[f"{name}_gamma"]:
-      penalties[name] = _lazy_gradient_penalty(
-        config.loss.gradient_penalty_every,
+      penalties[name] = _gradient_penalty(
+        config,
         state.step,
-        lambda images: _discriminate(
-          networks.plain(nets.discriminator),
+        nets.discriminator,
+        lambda discriminator, images, keys=augment_keys: _discriminate(
+          discriminator,
           {**variables, **model_state},
-          [images],
+          [augment(keys, images)],
           labels,
           d_keys,
         )[0][0],
         images,
+        noise_keys,
       )
   weights = {
     "bcr": config.loss.bcr_weight,
@@ -308,11 +318,40 @@ def _discriminate(discriminator, variables, images, labels, keys, update=False):
   return jnp.split(logits, count), model_state
 
 
-def _lazy_gradient_penalty(every, step, discriminate, images):
-  """Returns `losses.gradient_penalty` of every k-th step, k times as strong."""
+def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
+  """Returns the gradient penalty of every k-th step, k times as strong.
+
+  Args:
+    config: of `configs/`.
+    step: of the training.
+    discriminator: Linen module.
+    discriminate: (discriminator, images) to logits.
+    images: [B, S, S, 3], where the slope is taken.
+    keys: [B], of the noise of the approximate one.
+  """
+  every = config.loss.gradient_penalty_every
+  if not every:
+    every = 1 if config.loss.adversarial == "rpgan" else 16
+
+  def exact(images):
+    # A kernel has no second derivative.
+    plain = networks.plain(discriminator)
+    return losses.gradient_penalty(
+      functools.partial(discriminate, plain), images
+    )
+
+  def approximate(images):
+    draw = functools.partial(jax.random.normal, shape=images.shape[1:])
+    return losses.approximate_gradient_penalty(
+      functools.partial(discriminate, discriminator),
+      images,
+      jax.vmap(draw)(keys),
+    )
+
+  penalty = {"exact": exact, "approximate": approximate}
   return every * lax.cond(
     step % every == 0,
-    functools.partial(losses.gradient_penalty, discriminate),
+    penalty[config.loss.gradient_penalty],
     lambda unused_images: jnp.zeros(()),
     images,
   )

@@ -49,9 +49,8 @@ class Discriminator(nn.Module):
     num_heads: attention heads; divides the width.
     mlp_dim: hidden width of the blocks' MLPs.
     attention: "l2" or "dot".
-    qk_gain: gain of the query and key projections at init. Spectral
-      normalisation freezes the scale that this sets: at 1, L2 attention starts
-      as the identity and cannot leave it (see the configs for the measure).
+    qk_gain: see `transformer.MultiHeadAttention`. Spectral normalisation keeps
+      the scale that this sets; only that of the norm before it can change it.
     conv_qkv: whether query, key and value are 3x3 convolutions.
     spectral_norm: of every dense layer: "isn", "sn" or "none".
     position_scale: see `layers.SineEmbedding.scale`.
@@ -86,7 +85,6 @@ class Discriminator(nn.Module):
       fields,
       where,
       choices={"spectral_norm": ("isn", "sn", "none")},
-      positive=("qk_gain",),
       not_negative=("overlap",),
     )
 

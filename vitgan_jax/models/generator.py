@@ -87,6 +87,7 @@ class Generator(nn.Module):
       "add" (to every position embedding) or "token" (one more token); the last
       two are A and B of the paper's ablation and use plain LayerNorm.
     attention: "dot" or "l2".
+    qk_gain: see `transformer.MultiHeadAttention`.
     conv_qkv: whether query, key and value are 3x3 convolutions.
     patch_decoder: "implicit" (modulated), "implicit_concat", "linear", "conv".
     decoder_dim: hidden width of the patch decoder.
@@ -110,6 +111,7 @@ class Generator(nn.Module):
   mapping_lr_multiplier: float
   latent_injection: str
   attention: str
+  qk_gain: float
   conv_qkv: bool
   patch_decoder: str
   decoder_dim: int
@@ -183,6 +185,7 @@ class Generator(nn.Module):
           num_patches=grid**2,
           kind=self.attention,
           conv=self.conv_qkv,
+          qk_gain=self.qk_gain,
         ),
         implementation=self.implementation,
         dtype=self.dtype,

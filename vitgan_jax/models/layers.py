@@ -236,10 +236,12 @@ class SelfModulatedLayerNorm(nn.Module):
 
 
 class SineEmbedding(nn.Module):
-  """sin(M c) of the cell centres c of a square grid over [-1, 1]^2, M learned.
+  """sin(M c + b) of the cell centres c of a square grid over [-1, 1]^2.
 
   Serves as the position embedding of the tokens and as the Fourier features
-  of the pixels in a patch (ViTGAN, section 3.3).
+  of the pixels in a patch (ViTGAN, section 3.3). M and the phase b are learned.
+  Without b the embeddings of c and -c would be opposite, and only half of the
+  cells could be told apart by a linear map.
 
   Attributes:
     grid_size: cells along one side.
@@ -258,7 +260,13 @@ class SineEmbedding(nn.Module):
     frequencies = self.param(
       "frequencies", nn.initializers.normal(1.0), (2, self.features)
     )
-    return jnp.sin(cell_centres(self.grid_size) @ (self.scale * frequencies))
+    phase = self.param("phase", _uniform_phase, (self.features,))
+    angles = cell_centres(self.grid_size) @ (self.scale * frequencies)
+    return jnp.sin(angles + phase)
+
+
+def _uniform_phase(key, shape):
+  return jax.random.uniform(key, shape, minval=-np.pi, maxval=np.pi)
 
 
 def cell_centres(grid_size):

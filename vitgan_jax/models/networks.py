@@ -70,6 +70,7 @@ GENERATORS = {
       mapping_lr_multiplier=0.01,
       latent_injection="sln",  # "sln", "add" or "token"
       attention="dot",  # "dot" or "l2"
+      qk_gain=0.0,  # of query and key at init; 0 is 1 for "dot", 0.4 for "l2"
       conv_qkv=False,  # 3x3 convolutions for query, key, value
       # "implicit" (modulated), "implicit_concat", "linear" or "conv"
       patch_decoder="implicit",
@@ -92,7 +93,7 @@ DISCRIMINATORS = {
       num_heads=6,
       mlp_dim=1536,
       attention="l2",  # "l2" or "dot"
-      qk_gain=0.4,
+      qk_gain=0.0,  # of query and key at init; 0 is 0.4 for "l2", 1 for "dot"
       conv_qkv=False,
       spectral_norm="isn",  # "isn", "sn" or "none"
       position_scale=3.0,

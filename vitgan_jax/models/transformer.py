@@ -15,6 +15,11 @@ from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, TokenConv, normalise
 
 
+# At 1, with heads of 64, L2 attention starts as the identity: each token is
+# nearest to itself. Dot-product attention starts as the uniform one at 0.4.
+QK_GAINS = {"l2": 0.4, "dot": 1.0}
+
+
 def check_transformer(fields, image_size, where):
   """Checks what both networks' parts of a config have in common.
 
@@ -31,6 +36,7 @@ def check_transformer(fields, image_size, where):
     where,
     choices={"attention": ("dot", "l2")},
     positive=("patch_size", "width", "depth", "num_heads", "mlp_dim"),
+    not_negative=("qk_gain",),
   )
   if image_size % fields.patch_size:
     raise ConfigError(
@@ -72,8 +78,8 @@ def relative_entropy(weights):
 class MultiHeadAttention(nn.Module):
   """Multi-head self-attention of normalised tokens, but for the last layer.
 
-  With "l2" one projection serves as query and key: only tied weights make L2
-  attention Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
+  With "l2" one projection serves as query and key: tied weights are necessary
+  for L2 attention to be Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
   heads together is one D x D matrix to the spectral normalisation.
 
   Attributes:
@@ -81,7 +87,8 @@ class MultiHeadAttention(nn.Module):
     num_patches: tokens of an image, without a class or latent token.
     kind: "l2" or "dot".
     conv: whether query, key and value are 3x3 convolutions over the tokens.
-    qk_gain: gain of the query and key projections at init.
+    qk_gain: gain of the query and key projections at init; 0 is the kind's
+      own, of `QK_GAINS`.
     spectral_norm: "isn", "sn" or "none".
     implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; logits and softmax are float32.
@@ -91,7 +98,7 @@ class MultiHeadAttention(nn.Module):
   num_patches: int
   kind: str
   conv: bool
-  qk_gain: float = 1.0
+  qk_gain: float = 0.0
   spectral_norm: str = "none"
   implementation: str = "xla"
   dtype: Any = jnp.float32
@@ -114,14 +121,15 @@ class MultiHeadAttention(nn.Module):
       layer = TokenConv if self.conv else Dense
       return layer(width, use_bias, gain=gain, name=name, **common)
 
+    qk_gain = self.qk_gain or QK_GAINS.get(self.kind, 1.0)
     # A bias that shifts all keys alike cancels in the softmax: its gradient is
     # rounding noise, which Adam would blow up to steps of full size.
     if self.kind == "l2":
-      layers = [projection("query", self.qk_gain, use_bias=False)]
+      layers = [projection("query", qk_gain, use_bias=False)]
     else:
       layers = [
-        projection("query", self.qk_gain),
-        projection("key", self.qk_gain, use_bias=False),
+        projection("query", qk_gain),
+        projection("key", qk_gain, use_bias=False),
       ]
     layers.append(projection("value"))
     rows = functools.partial(apply_rows, implementation=self.implementation)

@@ -1,0 +1,27 @@
+r"""ViTGAN on CIFAR-10, 16 x 16: photographs that two CPU cores can learn.
+
+    python -m vitgan_jax.main --config=configs/cifar16.py
+
+takes them from TFDS. Of another copy, a folder or zip of its images:
+
+    python -m vitgan_jax.main --config=configs/cifar16.py \
+      --config.data.dataset=folder --config.data.path=DIR_OR_ZIP
+
+The networks and the objective of configs/digits.py, mirrored images; about
+1,000 images/s on two cores. configs/cifar10.py is the paper's, at 32 x 32. What
+its objective, balanced consistency of weight 10 and the strongest augmentation,
+gives at this size is worse: docs/lab_book.md.
+"""
+
+from configs import common, digits
+
+
+def get_config(arg=""):
+  """Returns the config; for `arg` see `common.apply_argument`."""
+  config = digits.get_config()
+  config.data.dataset = "cifar10"
+  config.data.flip = True
+  config.total_kimg = 1_500.0
+  config.evaluation.num_samples = 10_000
+  config.sample_every_kimg = 50.0
+  return common.apply_argument(config, arg)
