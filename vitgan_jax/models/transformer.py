@@ -14,7 +14,6 @@ from vitgan_jax.kernels import attention as attention_kernel
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, TokenConv, normalise
 
-
 # At 1, with heads of 64, L2 attention starts as the identity: each token is
 # nearest to itself. Dot-product attention starts as the uniform one at 0.4.
 QK_GAINS = {"l2": 0.4, "dot": 1.0}
