@@ -185,13 +185,9 @@ class Attention(nn.Module):
     super().__init__()
     self.num_heads, self.l2 = num_heads, l2
     shape = (width, width)
-    self.query = Dense(
-      shape,
-      not l2,
-      gain=qk_gain or QK_GAINS["l2" if l2 else "dot"],
-      spectral_norm=l2,
-    )
-    self.key = None if l2 else Dense(shape, bias=False)
+    gain = qk_gain or QK_GAINS["l2" if l2 else "dot"]
+    self.query = Dense(shape, not l2, gain=gain, spectral_norm=l2)
+    self.key = None if l2 else Dense(shape, bias=False, gain=gain)
     self.value = Dense(shape, spectral_norm=l2)
     self.out = Dense(shape, spectral_norm=l2)
 

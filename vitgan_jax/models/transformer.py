@@ -78,8 +78,9 @@ class MultiHeadAttention(nn.Module):
   """Multi-head self-attention of normalised tokens, but for the last layer.
 
   With "l2" one projection serves as query and key: tied weights are necessary
-  for L2 attention to be Lipschitz (Kim et al. 2021, theorem 3.2). Each projection of all
-  heads together is one D x D matrix to the spectral normalisation.
+  for L2 attention to be Lipschitz (Kim et al. 2021, theorem 3.2). Each
+  projection of all heads together is one D x D matrix to the spectral
+  normalisation.
 
   Attributes:
     num_heads: must divide D.
