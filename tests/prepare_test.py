@@ -301,6 +301,8 @@ def test_summary_names_what_was_not_used(tmp_path, small_shards):
   )
   names = json.loads((path / "unused.json").read_text())
   assert names["no image"] == ["a.txt", "b.txt", "c.txt", "d.txt"]
+  (path / "unused.json").unlink()  # as older versions prepared it
+  assert "100 found, 99 used; not used: 1 corrupt" in prepare.summary(path)
 
 
 def corrupt(data, names, content=b"no image"):
