@@ -106,7 +106,10 @@ def test_is_prepared_once(data, monkeypatch):
     ("path", ""),
   ],
 )
-def test_each_choice_of_data_has_its_own_folder(data, field, value):
+def test_each_choice_of_data_has_its_own_folder(
+  data, field, value, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
   path = prepare.prepared_path(data)
   data[field] = value
   assert prepare.prepared_path(data) != path
