@@ -43,7 +43,7 @@ def _of_equation(equation):
     dimensions = params["dimension_numbers"]
     if name == "dot_general":
       return 2 * outputs * math.prod(left[i] for i in dimensions[0][0])
-    # A kernel's inputs are those of one group, and so is its share of outputs.
+    # Of one output, whose inputs are those of one group.
     taps = math.prod(right) // right[dimensions.rhs_spec[0]]
     return 2 * outputs * taps // math.prod(params["lhs_dilation"])
   inner = [_of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]

@@ -226,6 +226,7 @@ def test_damaged_lmdb_is_an_error(tmp_path):
     (["00000/00999.png", "01000/01000.png"], None, None),
     (["x/00000/1.png", "x/00012/12345.png"], None, None),
     (["0/1.png", "1/2.png"], ["0", "1"], [0, 1]),  # digits, as classes
+    (["a/1", "\udcff/1"], ["a", "\ufffd"], [0, 1]),  # no UTF-8
     (["00000/00001_2.ppm", "00001/00000_1.ppm"], ["00000", "00001"], [0, 1]),
   ],
 )

@@ -1,5 +1,6 @@
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,114 +9,158 @@ import pytest
 from tests import tiny
 from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
 from vitgan_jax import gan_step, monitor, partitioning, train_state
-
-KEY = jax.random.key(7)
+from vitgan_jax.models import networks
+from vitgan_jax.models.generator import MappingNetwork
+from vitgan_jax.pixels import to_float
 
 # What a step computes can be known from outside in these: no random draws.
 PLAIN = tiny.NO_AUGMENTATION | {"data.flip": False, "loss.bcr_weight": 0.0}
 CONFIGS = {
   "default": {
-    "ema.half_life_kimg": 0.016,  # two steps
+    "ema.half_life_kimg": 0.016,  # one step of two batches
     "ema.ramp_up": 0.0,
-    "optimizer.d_learning_rate": 1e-3,
+    "d_optimizer.learning_rate": 1e-3,
+    "d_steps": 2,
   },
-  "penalties": PLAIN
+  "pairs": PLAIN
   | {
+    "data.num_classes": 3,
+    "loss.adversarial": "rpgan",
     "loss.r1_gamma": 2.0,
     "loss.r2_gamma": 0.5,
     "loss.gradient_penalty_every": 4,
     "loss.lecam_weight": 0.3,
   },
-  "rpgan": PLAIN | {"loss.adversarial": "rpgan"},
-  "hinge": PLAIN | {"loss.adversarial": "hinge", "data.flip": True},
   # A square that hides all of every image, for sure.
   "hidden": PLAIN
   | {
+    "data.flip": True,
+    "loss.adversarial": "hinge",
     "loss.bcr_weight": 10.0,
     "augment.probability": 1.0,
     "augment.cutout": 2.0,
   },
 }
+KEYS = jax.random.split(jax.random.key(7), 8)
+IMAGES = tiny.random_images(tiny.tiny_config())
+LABELS = np.array([2, 0, 1, 1, 0, 2, 2, 1], np.int32)
 COLOR = np.array([0.5, -0.25, 0.1])  # of what `known_state` generates
 
 
 @functools.cache
+def setting(name, num_devices=1, **changes):
+  """Returns what the functions of a step need beside their arrays."""
+  config = tiny.tiny_config(CONFIGS[name], **changes)
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
+  return dict(config=config, nets=networks.build(config), mesh=mesh)
+
+
 def config_of(name):
-  return tiny.tiny_config(CONFIGS[name])
+  return setting(name)["config"]
+
+
+def labels_of(name):
+  return LABELS if config_of(name).data.num_classes else None
+
+
+def batch_of(name, images=IMAGES):
+  return {"images": images, "labels": labels_of(name), "keys": KEYS}
 
 
 @functools.cache
-def train_step(name):
-  mesh = partitioning.create_mesh(jax.devices()[:1])
-  step = jax.jit(gan_step.make_train_step(config_of(name), mesh))
+def compiled(step, name, num_devices=1, **changes):
+  """Returns a jitted `step(state, batch)`."""
+  options = setting(name, num_devices, **changes)
+  jitted = jax.jit(functools.partial(step, **options))
+  replicated = partitioning.replicated(options["mesh"])
+  split = partitioning.batch_sharding(options["mesh"])
   # Inputs that are on no mesh yet would be compiled for apart from outputs.
-  replicated = partitioning.replicated(mesh)
-  return lambda *args: step(*jax.device_put(args, replicated))
+  return lambda state, batch: jitted(
+    jax.device_put(state, replicated), jax.device_put(batch, split)
+  )
 
 
-@pytest.fixture(scope="module")
-def images():
-  return tiny.random_images(tiny.tiny_config())
+def run(name, state, batch, *where, **changes):
+  """Trains D once, then G; returns (state, metrics)."""
+  metrics = {}
+  for step in (gan_step.d_step, gan_step.g_step):
+    state, new = compiled(step, name, *where, **changes)(state, batch)
+    metrics |= new
+  return state, metrics
 
 
-@pytest.fixture(scope="module")
-def state():
-  return train_state.create_train_state(tiny.tiny_config())
+@functools.cache
+def state_of(name):
+  if name == "hidden":  # its networks are the default ones
+    name = "default"
+  return train_state.init_train_state(**setting(name))
 
 
-@pytest.fixture(scope="module")
-def known_state(state):
-  """A state whose generator makes images of one COLOR and whose u are exact."""
+@functools.cache
+def known_state(name, step=4):
+  """A state whose generator makes images of one COLOR and whose u are random.
 
-  def exact_u(path, u):
+  As exact as they are made, one power iteration would hardly show.
+  """
+  state, rng = state_of(name), np.random.default_rng(0)
+
+  def random_u(path, x):
     if path[-1].key == "u":
-      kernel = state.d_params
-      for key in path[:-2]:
-        kernel = kernel[key.key]
-      matrix = np.asarray(kernel["kernel"]).reshape(-1, u.size)
-      u = np.linalg.svd(matrix)[2][0].astype(np.float32)
-    return u
+      x = rng.normal(size=x.shape).astype(np.float32)
+      x /= np.linalg.norm(x)
+    return x
 
   g_params = jax.tree.map(lambda x: x, state.g_params)  # new dicts
   rgb = g_params["decoder"]["rgb"]
   rgb["kernel"] = jnp.zeros_like(rgb["kernel"])
   rgb["bias"] = jnp.asarray(COLOR, jnp.float32)
   return state.replace(
-    step=jnp.int32(4),
+    step=jnp.int32(step),
     g_params=g_params,
-    d_spectral=jax.tree_util.tree_map_with_path(exact_u, state.d_spectral),
+    d_model_state=jax.tree_util.tree_map_with_path(
+      random_u, state.d_model_state
+    ),
     logit_ema={"real": jnp.float32(0.3), "fake": jnp.float32(-0.2)},
   )
 
 
 @functools.cache
-def discriminator_functions():
-  """Returns jitted logits(params, spectral, images) and their slopes."""
-  _, discriminator = train_state.build_models(tiny.tiny_config())
+def discriminator_functions(name):
+  """Returns jitted logits(params, model_state, images) and their slopes."""
+  discriminator = setting(name)["nets"].discriminator
 
-  def logits(params, spectral, x):
-    return discriminator.apply({"params": params, "spectral": spectral}, x)
+  def logits(params, model_state, x):
+    variables = {"params": params, **model_state}
+    return discriminator.apply(variables, x, labels_of(name))
 
   slopes = jax.grad(lambda *args: jnp.sum(logits(*args)), argnums=2)
   return jax.jit(logits), jax.jit(slopes)
 
 
-def discriminate(params, spectral, x):
+def discriminate(name, params, model_state, x):
   x = np.broadcast_to(x, (8, 8, 8, 3)).astype(np.float32)
-  logits = discriminator_functions()[0](params, spectral, x)
+  logits = discriminator_functions(name)[0](params, model_state, x)
   return np.asarray(logits, np.float64)
 
 
-def half_squared_slope(params, spectral, x):
+def half_squared_slope(name, params, model_state, x):
   x = np.broadcast_to(x, (8, 8, 8, 3)).astype(np.float32)
-  slopes = discriminator_functions()[1](params, spectral, x)
+  slopes = discriminator_functions(name)[1](params, model_state, x)
   return 0.5 * np.mean(np.sum(np.square(slopes, dtype=np.float64), (1, 2, 3)))
 
 
-def reference_d(name, params, state, images):
-  """Returns (loss with penalties, metrics) of D on `known_state`, in numpy."""
-  config = config_of(name)
-  d = functools.partial(discriminate, params, state.d_spectral)
+def reference_d(name, params, before, after, images):
+  """Returns (loss with penalties, metrics) of D, in numpy.
+
+  Args:
+    name: of the config.
+    params: of D.
+    before: a `known_state`.
+    after: the state after it, whose u all of D's calls have.
+    images: uint8, without a random flip.
+  """
+  config, model_state = config_of(name), after.d_model_state
+  d = functools.partial(discriminate, name, params, model_state)
   real, fake = images / 127.5 - 1.0, COLOR
   shown_real, shown_fake = (0.0, 0.0) if name == "hidden" else (real, fake)
   real_logits, fake_logits = d(shown_real), d(shown_fake)
@@ -132,13 +177,13 @@ def reference_d(name, params, state, images):
       (d(fake) - fake_logits) ** 2
     )
     loss += 10.0 * metrics["penalty/bcr"]
-  if name == "penalties":
+  if name == "pairs":
     metrics["penalty/lecam"] = np.mean((real_logits + 0.2) ** 2) + np.mean(
       (fake_logits - 0.3) ** 2
     )
     loss += 0.3 * metrics["penalty/lecam"]
-    is_turn = state.step % 4 == 0
-    slope = functools.partial(half_squared_slope, params, state.d_spectral)
+    is_turn = before.step % 4 == 0
+    slope = functools.partial(half_squared_slope, name, params, model_state)
     # Lazy: four times as much every fourth step.
     metrics["penalty/r1"] = 4 * slope(real) if is_turn else 0.0
     metrics["penalty/r2"] = 4 * slope(fake) if is_turn else 0.0
@@ -146,15 +191,15 @@ def reference_d(name, params, state, images):
   return loss, metrics
 
 
-def reference_g(name, color, after, images):
-  """Returns the loss of a G that makes one color, against the updated D."""
+def reference_g(name, color, state, images):
+  """Returns the loss of a G that makes one color."""
   shown_real, shown_fake = images / 127.5 - 1.0, color
   if name == "hidden":
     shown_fake = 0.0
   loss_fn = ADVERSARIAL_REFERENCE[config_of(name).loss.adversarial][1]
   return loss_fn(
     *(
-      discriminate(after.d_params, after.d_spectral, x)
+      discriminate(name, state.d_params, state.d_model_state, x)
       for x in (shown_real, shown_fake)
     )
   )
@@ -170,21 +215,15 @@ def gradients(state):
   return state.g_opt_state[0].mu, state.d_opt_state[0].mu
 
 
-@pytest.mark.parametrize(
-  "name, turn",
-  [
-    ("penalties", 4),
-    ("penalties", 5),
-    ("rpgan", 4),
-    ("hinge", 4),
-    ("hidden", 4),
-  ],
-)
-def test_metrics_match_numpy(name, turn, known_state, images):
-  images = mirror_symmetric(images)
-  before = known_state.replace(step=jnp.int32(turn))
-  after, metrics = train_step(name)(before, images, KEY)
-  _, expected = reference_d(name, before.d_params, before, images)
+TURNS = [("pairs", 4), ("pairs", 5), ("hidden", 4)]
+
+
+@pytest.mark.parametrize("name, turn", TURNS)
+def test_metrics_match_numpy(name, turn):
+  images = mirror_symmetric(IMAGES)
+  before = known_state(name, turn)
+  after, metrics = run(name, before, batch_of(name, images))
+  _, expected = reference_d(name, before.d_params, before, after, images)
   expected["loss/g"] = reference_g(name, COLOR, after, images)
   assert metrics.keys() == expected.keys()
   for key, value in expected.items():
@@ -199,14 +238,12 @@ def norm(tree):
   return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
 
 
-@pytest.mark.parametrize(
-  "name, turn",
-  [("penalties", 4), ("penalties", 5), ("rpgan", 4), ("hidden", 4)],
-)
-def test_d_trains_on_the_sum_of_its_losses(name, turn, known_state, images):
+@pytest.mark.parametrize("name, turn", TURNS)
+def test_d_trains_on_the_sum_of_its_losses(name, turn):
   # The slope of the loss along its gradient is the norm of the gradient.
-  before = known_state.replace(step=jnp.int32(turn))
-  after, _ = train_step(name)(before, images, KEY)
+  images = mirror_symmetric(IMAGES)
+  before = known_state(name, turn)
+  after, _ = run(name, before, batch_of(name, images))
   gradient = gradients(after)[1]
   h = 0.01 / norm(gradient)
   above, below = (
@@ -214,6 +251,7 @@ def test_d_trains_on_the_sum_of_its_losses(name, turn, known_state, images):
       name,
       jax.tree.map(lambda p, g, s=s: p + s * g, before.d_params, gradient),
       before,
+      after,
       images,
     )[0]
     for s in (h, -h)
@@ -227,16 +265,15 @@ def test_d_trains_on_the_sum_of_its_losses(name, turn, known_state, images):
   )
 
 
-@pytest.mark.parametrize("name", ["penalties", "rpgan", "hinge"])
-def test_g_trains_on_its_loss_against_the_updated_d(name, known_state, images):
-  images = mirror_symmetric(images)
-  after, _ = train_step(name)(known_state, images, KEY)
+def test_g_trains_on_its_loss():
+  before = known_state("pairs")
+  after, _ = run("pairs", before, batch_of("pairs"))
   gradient = gradients(after)[0]["decoder"]["rgb"]["bias"]
   h = 0.02
   differences = [
     (
-      reference_g(name, COLOR + step, after, images)
-      - reference_g(name, COLOR - step, after, images)
+      reference_g("pairs", COLOR + step, after, IMAGES)
+      - reference_g("pairs", COLOR - step, after, IMAGES)
     )
     / (2 * h)
     for step in h * np.eye(3)
@@ -245,36 +282,104 @@ def test_g_trains_on_its_loss_against_the_updated_d(name, known_state, images):
   np.testing.assert_allclose(gradient, differences, rtol=2e-3, atol=5e-5)
 
 
-def test_neither_network_is_trained_on_images_that_are_not_augmented(
-  known_state, images
-):
+def test_neither_network_is_trained_on_images_that_are_not_augmented():
   # The square hides all images, so that G can have no gradient, and without
   # the consistency D sees nothing but grey: see `reference_d`.
-  after, _ = train_step("hidden")(known_state, images, KEY)
+  after, _ = run("hidden", known_state("hidden"), batch_of("hidden"))
   for name, leaf in tiny.leaves_by_name(gradients(after)[0]).items():
     np.testing.assert_array_equal(leaf, 0.0, err_msg=name)
 
 
-def test_every_parameter_is_trained(state, images):
-  after, _ = train_step("default")(state, images, KEY)
+def test_images_are_generated_from_the_latents_and_labels():
+  state = state_of("pairs")
+  _, metrics = run("pairs", state, batch_of("pairs"))
+  generate = jax.jit(setting("pairs")["nets"].generator.apply)
+  latents = np.stack(
+    [jax.random.normal(jax.random.split(key, 6)[0], 16) for key in KEYS]
+  )
+
+  def score(labels):
+    images = generate(state.g_variables, latents, labels)
+    return np.mean(
+      discriminate("pairs", state.d_params, state.d_model_state, images)
+    )
+
+  np.testing.assert_allclose(metrics["scores/fake"], score(LABELS), atol=5e-6)
+  assert abs(score(LABELS) - score(np.roll(LABELS, 1))) > 1e-4
+
+
+def test_mapping_network_has_the_class_beside_z():
+  mapping = MappingNetwork(depth=2, lr_multiplier=0.01, num_classes=3)
+  z = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+  params = mapping.init(jax.random.key(0), z, LABELS)["params"]
+  params["class_embedding"]["bias"] += 0.3
+  params["dense1"]["bias"] += 20.0
+
+  def normalised(x):
+    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+
+  embedding = params["class_embedding"]
+  table = embedding["kernel"] / np.sqrt(3) + embedding["bias"]
+  w = np.concatenate([normalised(z), normalised(table[LABELS])], axis=-1)
+  for name in ("dense0", "dense1"):
+    layer = params[name]
+    w = 0.01 * (w @ layer["kernel"] / np.sqrt(w.shape[-1]) + layer["bias"])
+    w = np.sqrt(2) * np.where(w > 0, w, 0.2 * w)
+  actual = mapping.apply({"params": params}, z, LABELS)
+  np.testing.assert_allclose(actual, w, rtol=1e-4, atol=1e-5)
+
+
+def test_discriminator_adds_the_projection_of_the_class():
+  discriminator = setting("pairs")["nets"].discriminator
+  variables = state_of("pairs").d_variables
+  tokens = []
+
+  def keep_token(method, args, kwargs, context):
+    if context.module.name == "head_in" and context.method_name == "__call__":
+      tokens.append(args[0])
+    return method(*args, **kwargs)
+
+  @jax.jit
+  def apply(images, labels):
+    with nn.intercept_methods(keep_token):
+      conditional = discriminator.apply(variables, images, labels)
+    plain = discriminator.clone(num_classes=0).apply(variables, images)
+    return conditional, plain, tokens.pop()
+
+  logits, plain, token = apply(to_float(IMAGES), LABELS)
+  # As it was initialised, the normalised kernel is the kernel.
+  kernel = variables["params"]["class_embedding"]["kernel"] / np.sqrt(3)
+  projection = np.mean(kernel[LABELS] * token, axis=-1)
+  assert np.std(projection) > 0.01
+  np.testing.assert_allclose(logits, plain + projection, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["default", "pairs"])
+def test_every_parameter_is_trained(name):
+  before = state_of(name)
+  after, _ = run(name, before, batch_of(name))
   for network, gradient in zip("gd", gradients(after)):
     before_params, after_params = (
       tiny.leaves_by_name(getattr(s, f"{network}_params"))
-      for s in (state, after)
+      for s in (before, after)
     )
-    for name, leaf in tiny.leaves_by_name(gradient).items():
+    for leaf, value in tiny.leaves_by_name(gradient).items():
       # Rounding would leave 1e-8.
-      assert np.max(np.abs(leaf)) > 1e-6, (network, name)
-      assert np.any(after_params[name] != before_params[name]), (network, name)
+      assert np.max(np.abs(value)) > 1e-6, (network, leaf)
+      assert np.any(after_params[leaf] != before_params[leaf]), (network, leaf)
+    if name == "pairs":
+      rows = gradient["class_embedding" if network == "d" else "mapping"]
+      rows = rows.get("class_embedding", rows)["kernel"]
+      assert rows.shape == (3, 16) and np.all(np.any(rows, axis=1))
 
 
-def test_a_step_is_one_adam_update_of_each_network(state, images):
-  config = config_of("default")
-  after, _ = train_step("default")(state, images, KEY)
+def test_a_step_is_one_adam_update_of_each_network():
+  config, state = config_of("default"), state_of("default")
+  after, _ = run("default", state, batch_of("default"))
   for network, gradient in zip("gd", gradients(after)):
     opt_state = getattr(after, f"{network}_opt_state")[0]
     assert opt_state.count == 1
-    rate = config.optimizer[f"{network}_learning_rate"]
+    rate = config[f"{network}_optimizer"].learning_rate
     new, old, gradient, nu = (
       tiny.leaves_by_name(tiny.to_host(tree))
       for tree in (
@@ -300,7 +405,7 @@ def iterate_u(state):
   """Returns {name: u [out]} after one power iteration in float64."""
   kernels = tiny.leaves_by_name(tiny.to_host(state.d_params))
   result = {}
-  for name, u in tiny.leaves_by_name(tiny.to_host(state.d_spectral)).items():
+  for name, u in spectral(state).items():
     if name.endswith("/u"):
       kernel = kernels[name.removesuffix("norm/u") + "kernel"]
       matrix = kernel.reshape(-1, u.size).astype(np.float64)
@@ -309,26 +414,17 @@ def iterate_u(state):
   return result
 
 
-@pytest.mark.parametrize("name", ["default", "penalties", "rpgan"])
-def test_u_takes_one_power_iteration_a_step(name, state, images):
-  rng = np.random.default_rng(0)
+def spectral(state):
+  return tiny.leaves_by_name(tiny.to_host(state.d_model_state["spectral"]))
 
-  def random_u(path, x):
-    if path[-1].key == "u":
-      x = rng.normal(size=x.shape).astype(np.float32)
-      x /= np.linalg.norm(x)
-    return x
 
-  before = state.replace(
-    # As exact as they are made, one iteration would hardly show.
-    d_spectral=jax.tree_util.tree_map_with_path(random_u, state.d_spectral)
-  )
-  after, _ = train_step(name)(before, images, KEY)
-  old, new = (
-    tiny.leaves_by_name(tiny.to_host(s.d_spectral)) for s in (before, after)
-  )
+@pytest.mark.parametrize("name", ["pairs", "hidden"])
+def test_u_takes_one_power_iteration_a_d_step(name):
+  before = known_state(name)
+  after, _ = run(name, before, batch_of(name))
+  old, new = spectral(before), spectral(after)
   once = iterate_u(before)
-  twice = iterate_u(before.replace(d_spectral=after.d_spectral))
+  twice = iterate_u(before.replace(d_model_state=after.d_model_state))
   for leaf, value in new.items():
     if leaf.endswith("sigma_init"):
       np.testing.assert_array_equal(value, old[leaf], err_msg=leaf)
@@ -340,16 +436,13 @@ def test_u_takes_one_power_iteration_a_step(name, state, images):
 
 @pytest.mark.parametrize(
   "name, decay",
-  # A half-life of 16 images; and one of 0.05 * the 32 seen: 1.6 images.
-  [("default", 0.5 ** (8 / 16)), ("penalties", 0.5 ** (8 / 1.6))],
+  # A half-life of a step; and one of 0.05 * the 32 images seen: 1.6 images.
+  [("default", 0.5), ("pairs", 0.5 ** (8 / 1.6))],
 )
-def test_average_moves_from_the_old_average_to_the_new_params(
-  name, decay, known_state, images
-):
-  old = jax.tree.map(lambda x: x + 1.0, known_state.g_params)
-  after, _ = train_step(name)(
-    known_state.replace(g_ema_params=old), images, KEY
-  )
+def test_average_moves_from_the_old_average_to_the_new_params(name, decay):
+  before = known_state(name)
+  old = jax.tree.map(lambda x: x + 1.0, before.g_params)
+  after, _ = run(name, before.replace(g_ema_params=old), batch_of(name))
   old, new, params = (
     tiny.leaves_by_name(tiny.to_host(x))
     for x in (old, after.g_ema_params, after.g_params)
@@ -364,9 +457,10 @@ def test_average_moves_from_the_old_average_to_the_new_params(
     )
 
 
-def test_logit_averages_follow_the_scores(known_state, images):
-  after, metrics = train_step("penalties")(known_state, images, KEY)
-  for name, old in known_state.logit_ema.items():
+def test_logit_averages_follow_the_scores():
+  before = known_state("pairs")
+  after, metrics = run("pairs", before, batch_of("pairs"))
+  for name, old in before.logit_ema.items():
     np.testing.assert_allclose(
       after.logit_ema[name],
       0.99 * old + 0.01 * metrics[f"scores/{name}"],
@@ -376,8 +470,9 @@ def test_logit_averages_follow_the_scores(known_state, images):
 
 def test_flip_mirrors_half_of_the_images():
   images = np.random.default_rng(0).normal(size=(4096, 2, 3, 3))
-  flipped = np.asarray(gan_step.random_flip(KEY, images.astype(np.float32)))
   images = images.astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 4096)
+  flipped = np.asarray(jax.vmap(gan_step.random_flip)(keys, images))
   same = np.all(flipped == images, axis=(1, 2, 3))
   mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
   assert np.all(same ^ mirrored)
@@ -386,57 +481,68 @@ def test_flip_mirrors_half_of_the_images():
   assert abs(np.corrcoef(same[1:], same[:-1])[0, 1]) < 5 / 64
 
 
-@pytest.mark.parametrize("name, flips", [("rpgan", False), ("hinge", True)])
-def test_real_images_are_flipped_where_the_config_says_so(
-  name, flips, known_state, images
-):
-  _, metrics = train_step(name)(known_state, images, KEY)
-  unflipped = reference_d(name, known_state.d_params, known_state, images)[1]
-  difference = np.abs(metrics["scores/real"] - unflipped["scores/real"])
+@pytest.mark.parametrize(
+  "name, metric, flips",
+  [("pairs", "scores/real", False), ("hidden", "penalty/bcr", True)],
+)
+def test_real_images_are_flipped_where_the_config_says_so(name, metric, flips):
+  before = known_state(name)
+  after, metrics = run(name, before, batch_of(name))
+  _, unflipped = reference_d(name, before.d_params, before, after, IMAGES)
+  difference = np.abs(metrics[metric] - unflipped[metric])
   assert (difference > 1e-4) if flips else (difference < 1e-5)
 
 
+def test_draws_of_an_image_do_not_depend_on_its_place():
+  order = np.array([3, 6, 0, 7, 1, 4, 2, 5])
+  batch = batch_of("default")
+  permuted = {**batch, "images": IMAGES[order], "keys": KEYS[order]}
+  other_keys = {**batch, "keys": KEYS[order]}
+  state = state_of("default")
+  metrics, same, other = (
+    run("default", state, x)[1] for x in (batch, permuted, other_keys)
+  )
+  for name in ("loss/d", "penalty/bcr", "scores/real", "scores/fake"):
+    np.testing.assert_allclose(same[name], metrics[name], atol=5e-6)
+  assert abs(other["scores/real"] - metrics["scores/real"]) > 1e-4
+
+
 def test_images_span_minus_one_to_one():
-  images = gan_step.to_float(jnp.array([0, 51, 255], jnp.uint8))
+  images = to_float(jnp.array([0, 51, 255], jnp.uint8))
   assert images.dtype == jnp.float32
   np.testing.assert_allclose(images, [-1.0, -0.6, 1.0], atol=1e-7)
 
 
 GOLDEN = {
   "default": {
-    "loss/d": 1.46814,
-    "loss/g": 0.6849694,
-    "penalty/bcr": 0.08450165,
-    "scores/fake": 0.1541541,
-    "scores/real": 0.005759756,
+    "loss/d": 1.455586,
+    "loss/g": 0.6281492,
+    "penalty/bcr": 0.08594117,
+    "scores/fake": 0.1540251,
+    "scores/real": 0.03014759,
   },
-  "penalties": {
-    "loss/d": 1.32492,
-    "loss/g": 0.7196549,
-    "penalty/lecam": 0.02453721,
-    "penalty/r1": 0.06217844,
-    "penalty/r2": 0.02717538,
-    "scores/fake": -0.05596343,
-    "scores/real": 0.07291094,
+  "pairs": {
+    "loss/d": 0.6301981,
+    "loss/g": 0.7624992,
+    "penalty/lecam": 0.05930433,
+    "penalty/r1": 0.05631336,
+    "penalty/r2": 0.02081052,
+    "scores/fake": -0.1700872,
+    "scores/real": -0.03846292,
   },
-  "rpgan": {
-    "loss/d": 0.6328973,
-    "loss/g": 0.7676988,
-    "scores/fake": -0.05596343,
-    "scores/real": 0.07291094,
-  },
-  "hinge": {
-    "loss/d": 1.946384,
-    "loss/g": 0.05831379,
-    "scores/fake": -0.05596343,
-    "scores/real": -0.002347248,
+  "hidden": {
+    "loss/d": 2.0,
+    "loss/g": -0.02156999,
+    "penalty/bcr": 0.03119167,
+    "scores/fake": 0.04611346,
+    "scores/real": 0.04611346,
   },
 }
 
 
-@pytest.mark.parametrize("name", ["default", "penalties", "rpgan", "hinge"])
-def test_golden_metrics_of_the_first_step(name, state, images):
-  _, metrics = train_step(name)(state, images, KEY)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden_metrics_of_the_first_step(name):
+  _, metrics = run(name, state_of(name), batch_of(name))
   metrics = {key: float(value) for key, value in metrics.items()}
   message = (
     "The first step of a run has changed. If it was meant to (another init, "
@@ -447,20 +553,95 @@ def test_golden_metrics_of_the_first_step(name, state, images):
   tiny.assert_golden(metrics, GOLDEN.get(name, {}), message)
 
 
+class ToyGenerator(nn.Module):
+  """Shows a batch's statistics in all, and each key's noise in its image."""
+
+  latent_dim: int = 4
+
+  @nn.compact
+  def __call__(self, latents, labels=None, keys=None, train=False):
+    x = nn.BatchNorm(
+      use_running_average=not train, axis_name=partitioning.BATCH_AXES
+    )(nn.Dense(3)(latents))
+    if keys is not None:
+      x += jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+    return jnp.broadcast_to(x[:, None, None], (len(x), 8, 8, 3))
+
+
+class ToyDiscriminator(nn.Module):
+  """Its logit is the mean of an image, and the noise of its key."""
+
+  @nn.compact
+  def __call__(self, images, labels=None, keys=None, train=False):
+    logits = nn.Dense(1)(jnp.mean(images, axis=(1, 2)))[:, 0]
+    if keys is not None:
+      logits += jax.vmap(jax.random.normal)(keys)
+    return logits
+
+
 @functools.cache
-def train_steps(num_devices):
-  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
-  train_steps = gan_step.make_train_steps(config_of("default"), mesh)
+def toys():
+  """Returns a state of toy networks on two devices, d_step and g_step."""
+  nets = networks.Networks(ToyGenerator(), ToyDiscriminator(), "xla")
+  options = setting("pairs", num_devices=2, d_steps=3) | {"nets": nets}
+  steps = (gan_step.d_step, gan_step.g_step, gan_step.train_step)
+  return train_state.init_train_state(**options), *(
+    jax.jit(functools.partial(step, **options)) for step in steps
+  )
+
+
+def test_networks_of_other_kinds_keep_statistics_and_draw_from_the_keys():
+  state, d_step, g_step, _ = toys()
+  batch = {"images": IMAGES, "labels": None, "keys": KEYS}
+  after_d, metrics = d_step(state, batch)
+  after, _ = g_step(after_d, batch)
+  z_keys, _, _, _, g_keys, d_keys = gan_step.split_keys(KEYS, 6)
+  draw = jax.vmap(jax.random.normal, in_axes=(0, None))
+  x = draw(z_keys, (4,)) @ state.g_params["Dense_0"]["kernel"]
+  fake = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + draw(g_keys, (3,))
+  logits = fake @ state.d_params["Dense_0"]["kernel"][:, 0]
+  logits += draw(gan_step.split_keys(d_keys, 2)[1], ())
+  np.testing.assert_allclose(metrics["scores/fake"], logits.mean(), atol=1e-5)
+  # Statistics are those of both devices, and move in the generator's own step.
+  tiny.assert_bit_equal(after_d.g_model_state, state.g_model_state)
+  mean = after.g_model_state["batch_stats"]["BatchNorm_0"]["mean"]
+  np.testing.assert_allclose(mean, 0.01 * x.mean(0), atol=1e-6)
+
+
+def test_g_takes_the_last_batch_of_a_step():
+  state, d_step, g_step, train_step = toys()
+  images = tiny.random_images(config_of("pairs"), 3)
+  key = jax.random.key(0)
+  *d_keys, g_keys = jax.random.split(key, (4, 8))
+  after, metrics = train_step(state, {"images": images, "labels": None}, key)
+  for x, keys in zip(images, d_keys):
+    state, _ = d_step(state, {"images": x, "labels": None, "keys": keys})
+  # The relativistic loss of G compares with real images.
+  losses = [
+    g_step(state, {"images": x, "labels": None, "keys": g_keys})[1]["loss/g"]
+    for x in images
+  ]
+  np.testing.assert_allclose(metrics["loss/g"], losses[-1], rtol=1e-6)
+  assert np.all(np.abs(np.array(losses[:-1]) - losses[-1]) > 1e-4)
+  assert after.step == 1
+
+
+@functools.cache
+def train_steps(num_devices, fsdp=1, **changes):
+  config = tiny.tiny_config(CONFIGS["default"], **changes)
+  nets = networks.build(config)
+  mesh = partitioning.create_mesh(jax.devices()[:num_devices], fsdp)
+  train_steps = gan_step.make_train_steps(config, nets, mesh)
+  shardings = train_state.state_shardings(config, nets, mesh)
 
   def run(state, *batches):
     """Returns the state and the metrics after calls of two steps each."""
-    state = jax.device_put(
-      jax.tree.map(jnp.copy, state), partitioning.replicated(mesh)
-    )
+    state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
     metrics = []
-    for batch in batches:
+    for images in batches:
+      batch = {"images": images, "labels": None}
       state, call_metrics = train_steps(
-        state, partitioning.global_batch(mesh, batch, axis=1)
+        state, partitioning.global_batch(mesh, batch, axis=2)
       )
       metrics.append(tiny.to_host(call_metrics))
     return state, metrics
@@ -468,154 +649,117 @@ def train_steps(num_devices):
   return run
 
 
-@pytest.fixture(scope="module")
-def batches():
-  return tiny.random_images(tiny.tiny_config(), 3, 2)  # 3 calls of 2 steps
+# 3 calls of 2 steps of 2 batches for D.
+BATCHES = tiny.random_images(tiny.tiny_config(), 3, 2, 2)
 
 
-def test_scan_of_steps_equals_single_steps(state, batches):
-  scanned, (scanned_metrics,) = train_steps(1)(state, batches[0])
+def test_train_steps_are_steps_of_d_and_one_of_g_in_turn():
+  state = state_of("default")
+  after, (means,) = train_steps(1)(state, BATCHES[0])
+  d_step, g_step = (
+    compiled(step, "default") for step in (gan_step.d_step, gan_step.g_step)
+  )
   metrics = []
-  for t, batch in enumerate(batches[0]):
+  for t, batches in enumerate(BATCHES[0]):
     key = jax.random.fold_in(state.key, t)
-    state, step_metrics = train_step("default")(state, batch, key)
-    metrics.append(step_metrics)
-  tiny.assert_bit_equal(scanned, state)
-  for key, value in scanned_metrics.items():
-    np.testing.assert_allclose(
-      value, np.mean([m[key] for m in metrics]), rtol=1e-6
-    )
+    *d_keys, g_keys = jax.random.split(key, (3, 8))
+    batches = [{"images": images, "labels": None} for images in batches]
+    for batch, keys in zip(batches, d_keys):
+      state, d_metrics = d_step(state, {**batch, "keys": keys})
+      metrics.append(d_metrics)
+    state, g_metrics = g_step(state, {**batches[-1], "keys": g_keys})
+    metrics.append(g_metrics)
+    state = state.replace(step=state.step + 1)
+  tiny.assert_bit_equal(after, state)
+  for name, value in means.items():
+    by_hand = [m[name] for m in metrics if name in m]
+    assert len(by_hand) == (2 if name == "loss/g" else 4)
+    np.testing.assert_allclose(value, np.mean(by_hand), rtol=1e-6, atol=1e-7)
 
 
-def test_run_resumed_from_host_memory_is_bit_for_bit_the_same(state, batches):
-  whole, metrics = train_steps(1)(state, *batches)
-  half, _ = train_steps(1)(state, *batches[:1])
+def test_run_resumed_from_host_memory_is_bit_for_bit_the_same():
+  state = state_of("default")
+  whole, metrics = train_steps(1)(state, *BATCHES)
+  half, _ = train_steps(1)(state, *BATCHES[:1])
   saved = tiny.to_host(half)
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(saved))
   resumed = tiny.from_host(saved, like=half)
-  resumed, resumed_metrics = train_steps(1)(resumed, *batches[1:])
+  resumed, resumed_metrics = train_steps(1)(resumed, *BATCHES[1:])
   assert resumed.step == 6
   tiny.assert_bit_equal(resumed, whole)
   tiny.assert_bit_equal(resumed_metrics, metrics[1:])
 
 
-def test_every_step_draws_anew(state, batches):
-  _, (first,) = train_steps(1)(state, batches[0])
+def test_every_step_draws_anew():
+  state = state_of("default")
+  _, (first,) = train_steps(1)(state, BATCHES[0])
   later = state.replace(step=jnp.int32(2))
-  _, (second,) = train_steps(1)(later, batches[0])
+  _, (second,) = train_steps(1)(later, BATCHES[0])
   assert all(first[key] != second[key] for key in first)
 
 
-@pytest.mark.parametrize(
-  "num_devices", [pytest.param(2, marks=pytest.mark.slow), 8]
-)
-def test_many_devices_compute_what_one_does(num_devices, state, batches):
-  one, (one_metrics,) = train_steps(1)(state, batches[0])
-  many, (many_metrics,) = train_steps(num_devices)(state, batches[0])
-  for leaf in jax.tree.leaves(many):
+@pytest.mark.slow  # shared state, and parts on two devices, show the same
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_many_devices_compute_what_one_does(num_devices):
+  one, many = (
+    train_steps(n)(state_of("default"), BATCHES[0]) for n in (1, num_devices)
+  )
+  for leaf in jax.tree.leaves(many[0]):
     assert len(leaf.sharding.device_set) == num_devices
     assert leaf.sharding.is_fully_replicated
-  for key, value in one_metrics.items():
-    np.testing.assert_allclose(
-      many_metrics[key], value, rtol=1e-5, atol=2e-6, err_msg=key
-    )
-  assert_close_but_for_order(many, one)
+  assert_same(many, one)
 
 
-def assert_same_step(actual, expected):
-  """Compares (state, metrics) after one step, summed in another order."""
-  for key, value in expected[1].items():
-    np.testing.assert_allclose(
-      actual[1][key], value, rtol=1e-5, atol=2e-6, err_msg=key
-    )
+@pytest.mark.parametrize(
+  "name, num_devices, changes",
+  [
+    ("pairs", 2, dict(accumulation=2)),
+    pytest.param("default", 2, dict(accumulation=4), marks=pytest.mark.slow),
+    pytest.param("pairs", 1, dict(remat=True), marks=pytest.mark.slow),
+  ],
+)
+def test_parts_devices_and_remat_leave_the_step_as_it_is(
+  name, num_devices, changes
+):
+  state, batch = state_of(name), batch_of(name)
+  assert_same(
+    run(name, state, batch, num_devices, **changes), run(name, state, batch)
+  )
+
+
+def test_shared_state_and_remat_leave_the_steps_as_they_are(monkeypatch):
+  monkeypatch.setattr(partitioning, "MIN_SHARDED_SIZE", 64)
+  config, nets = config_of("default"), setting("default")["nets"]
+  mesh = partitioning.create_mesh(fsdp=4)
+  plain, state = (
+    state_of("default"),
+    train_state.init_train_state(config, nets, mesh),
+  )
+  # u and sigma_init are computed, in another order of sums.
+  for network in ("g_params", "d_params"):
+    tiny.assert_bit_equal(getattr(state, network), getattr(plain, network))
+  after = train_steps(8, fsdp=4, remat=True)(state, BATCHES[0])
+  old, new = tiny.leaves_by_name(state), tiny.leaves_by_name(after[0])
+  for name in ("g_params", "g_ema_params", "g_opt_state/0/nu", "d_params"):
+    block = name + "/block0/mlp_in/kernel"
+    kernel = new[block]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert kernel.sharding.is_equivalent_to(old[block].sharding, kernel.ndim)
+  assert_same(after, train_steps(1)(plain, BATCHES[0]))
+
+
+def assert_same(actual, expected):
+  """Compares (state, metrics) that were summed in another order."""
+  for new, old in zip(*map(jax.tree.leaves, (actual[1], expected[1]))):
+    np.testing.assert_allclose(new, old, rtol=1e-5, atol=2e-6)
   assert_close_but_for_order(actual[0], expected[0])
-  for key in ("d_spectral", "logit_ema"):
+  for key in ("d_model_state", "logit_ema"):
     new, old = (
       tiny.leaves_by_name(tiny.to_host(getattr(after, key)))
       for after, _ in (actual, expected)
     )
     for name, leaf in old.items():
       np.testing.assert_allclose(new[name], leaf, atol=2e-6, err_msg=name)
-
-
-@pytest.mark.parametrize(
-  "name, num_parts, num_devices",
-  [
-    ("default", 4, 2),
-    pytest.param("penalties", 2, 1, marks=pytest.mark.slow),
-    ("rpgan", 2, 1),
-  ],
-)
-def test_step_in_micro_batches_is_that_of_the_whole_batch(
-  name, num_parts, num_devices, state, images
-):
-  config = tiny.tiny_config(CONFIGS[name], accumulation=num_parts)
-  mesh = partitioning.create_mesh(jax.devices()[:num_devices])
-  step = jax.jit(gan_step.make_train_step(config, mesh))
-  args = jax.device_put((state, images, KEY), partitioning.replicated(mesh))
-  assert_same_step(step(*args), train_step(name)(state, images, KEY))
-
-
-def test_micro_batches_stay_on_their_devices():
-  mesh = partitioning.create_mesh(jax.devices()[:4])
-  x = partitioning.global_batch(mesh, np.arange(32.0))
-  part = jax.jit(
-    lambda x: gan_step._gradient(
-      4, mesh, lambda p, x: (p * x.sum(), ({}, x)), 1.0, x
-    )
-  )
-  compiled = part.lower(x).compile()
-  assert "all-reduce" in compiled.as_text()  # of the gradient
-  for operation in ("all-gather", "all-to-all", "collective-permute"):
-    assert operation not in compiled.as_text()
-  gradient, (_, last) = part(x)
-  assert gradient == 32 * 31 / 2 / 4
-  np.testing.assert_array_equal(last, np.arange(3, 32, 4))
-
-
-def test_rematerialised_step_is_the_same(state, images):
-  assert_same_step(
-    _remat_step()(state, images, KEY), train_step("default")(state, images, KEY)
-  )
-
-
-def _remat_step():
-  config = tiny.tiny_config(CONFIGS["default"], remat=True)
-  mesh = partitioning.create_mesh(jax.devices()[:1])
-  step = gan_step.make_train_step(config, mesh)
-  replicated = partitioning.replicated(mesh)
-  return lambda *args: jax.jit(step)(*jax.device_put(args, replicated))
-
-
-def test_state_that_devices_share_is_trained_as_one_that_each_has(
-  batches, monkeypatch
-):
-  monkeypatch.setattr(partitioning, "MIN_SHARDED_SIZE", 64)
-  config = config_of("default")
-  mesh = partitioning.create_mesh(fsdp=4)
-  state = train_state.init_train_state(config, mesh)
-  one_device = partitioning.create_mesh(jax.devices()[:1])
-  plain = train_state.init_train_state(config, one_device)
-  # u and sigma_init are computed, in another order of sums.
-  for network in ("g_params", "d_params"):
-    tiny.assert_bit_equal(getattr(state, network), getattr(plain, network))
-  old = {k: x.sharding for k, x in tiny.leaves_by_name(state).items()}
-  train_steps_shared = gan_step.make_train_steps(config, mesh)
-  after, metrics = train_steps_shared(
-    state, partitioning.global_batch(mesh, batches[0], axis=1)
-  )
-  shared = tiny.leaves_by_name(after)
-  for name in ("g_params", "g_ema_params", "g_opt_state/0/nu", "d_params"):
-    block = name + "/block0/mlp_in/kernel"
-    kernel = shared[block]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    assert kernel.sharding.is_equivalent_to(old[block], kernel.ndim)
-  expected = train_steps(1)(plain, batches[0])
-  for key, value in expected[1][0].items():
-    np.testing.assert_allclose(
-      metrics[key], value, rtol=1e-5, atol=2e-6, err_msg=key
-    )
-  assert_close_but_for_order(after, expected[0])
 
 
 def assert_close_but_for_order(actual, expected):
@@ -627,7 +771,7 @@ def assert_close_but_for_order(actual, expected):
   by two updates elsewhere.
   """
   for network, *trees in zip("gd", gradients(actual), gradients(expected)):
-    rate = config_of("default").optimizer[f"{network}_learning_rate"]
+    rate = config_of("default")[f"{network}_optimizer"].learning_rate
     trees += [getattr(s, f"{network}_params") for s in (actual, expected)]
     trees = [tiny.leaves_by_name(tiny.to_host(tree)) for tree in trees]
     for name in trees[0]:
@@ -641,36 +785,40 @@ def assert_close_but_for_order(actual, expected):
       assert np.all(excess <= updates * rate), name
 
 
-def test_state_and_metrics_stay_float32_under_bfloat16(state, images):
-  config = tiny.tiny_config(CONFIGS["penalties"], dtype="bfloat16")
-  mesh = partitioning.create_mesh(jax.devices()[:1])
-  step = gan_step.make_train_step(config, mesh)
-  after, metrics = jax.eval_shape(step, state, images, KEY)
+def test_state_and_metrics_stay_float32_under_bfloat16():
+  state, batch = state_of("pairs"), batch_of("pairs")
+  batch = jax.tree.map(lambda x: x[None], batch)  # one D step
+  keys = batch.pop("keys")
+  options = setting("pairs", dtype="bfloat16")
+  step = functools.partial(gan_step.train_step, **options)
+  after, metrics = jax.eval_shape(step, state, batch, keys[0, 0])
   assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(
     lambda x: x.dtype, state
   )
   assert all(x.dtype == jnp.float32 for x in metrics.values())
 
 
-def test_bfloat16_reaches_neither_logits_nor_sigma(state, images):
-  config = tiny.tiny_config(dtype="bfloat16")
-  _, discriminator = train_state.build_models(config)
-  variables = {"params": state.d_params, "spectral": state.d_spectral}
-  floats = np.asarray(gan_step.to_float(images))
+def test_bfloat16_reaches_neither_logits_nor_sigma():
+  state = state_of("default")
+  discriminator = setting("default", dtype="bfloat16")["nets"].discriminator
+  images = to_float(IMAGES)
   logits, updates = jax.jit(
     functools.partial(discriminator.apply, mutable=["spectral"])
-  )(variables, floats)
+  )(state.d_variables, images)
   assert logits.dtype == jnp.float32
   # Rounded to bfloat16, all would have the last 16 bits zero.
   assert np.any(np.asarray(logits).view(np.uint32) & 0xFFFF)
-  error = logits - discriminate(state.d_params, state.d_spectral, floats)
+  error = logits - discriminate(
+    "hidden", state.d_params, state.d_model_state, images
+  )
   assert 0 < np.max(np.abs(error)) < 0.02  # the layers do round: 2**-8 each
   new_u = tiny.leaves_by_name(updates["spectral"])
   for name, expected in iterate_u(state).items():
     np.testing.assert_allclose(new_u[name], expected, atol=1e-6, err_msg=name)
 
 
-def test_samples_are_drawn_from_the_moving_average(state, images, tmp_path):
+def test_samples_are_drawn_from_the_moving_average(tmp_path):
+  state, options = state_of("default"), setting("default")
   config = tiny.tiny_config(num_sample_images=4)
   grids = []
 
@@ -679,8 +827,9 @@ def test_samples_are_drawn_from_the_moving_average(state, images, tmp_path):
       assert np.isfinite(list(scalars.values())).all()
       grids.append(images["samples"])
 
-  mesh = partitioning.create_mesh(jax.devices()[:1])
-  writer = monitor.SampleWriter(config, tmp_path, mesh, images, Writer())
+  writer = monitor.SampleWriter(
+    config, tmp_path, options["nets"], options["mesh"], IMAGES, Writer()
+  )
   zeros = jax.tree.map(jnp.zeros_like, state.g_params)
   for g_params, g_ema_params in (
     (state.g_params, state.g_params),

@@ -106,7 +106,10 @@ def test_is_prepared_once(data, monkeypatch):
     ("path", ""),
   ],
 )
-def test_each_choice_of_data_has_its_own_folder(data, field, value):
+def test_each_choice_of_data_has_its_own_folder(
+  data, field, value, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
   path = prepare.prepared_path(data)
   data[field] = value
   assert prepare.prepared_path(data) != path
@@ -301,6 +304,8 @@ def test_summary_names_what_was_not_used(tmp_path, small_shards):
   )
   names = json.loads((path / "unused.json").read_text())
   assert names["no image"] == ["a.txt", "b.txt", "c.txt", "d.txt"]
+  (path / "unused.json").unlink()  # as older versions prepared it
+  assert "100 found, 99 used; not used: 1 corrupt" in prepare.summary(path)
 
 
 def corrupt(data, names, content=b"no image"):

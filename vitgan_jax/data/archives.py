@@ -144,7 +144,7 @@ def class_labels(names):
   if not all(len(part) > 1 for part in parts) or all(map(_is_numbered, parts)):
     return None, None
   classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
-  return classes.tolist(), labels
+  return [shown(name) for name in classes.tolist()], labels
 
 
 def _is_numbered(part):
@@ -223,9 +223,8 @@ class _Files:
       found = np.array([known[image] for image in self.names])
     except (KeyError, TypeError, ValueError):
       found = np.zeros(0)
-    if (
-      found.ndim != 1 or found.dtype.kind != "i"
-    ):  # it may have lists of floats
+    # Some list probabilities, which are no classes.
+    if found.ndim != 1 or found.dtype.kind != "i":
       self.unused["labels"].append(f"{name}: not one class for each image")
       return None, None
     classes, found = np.unique(found, return_inverse=True)

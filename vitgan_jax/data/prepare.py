@@ -80,7 +80,8 @@ def prepare(data):
   Returns:
     Their folder. It holds `images-00000.npy`, ..., uint8 [n, S, S, 3];
     `labels.npy`, int32, where the source has classes; `card.json`, with source,
-    crop, filter, licence, counts, checksums, and what was skipped; and
+    crop, filter, licence, counts, checksums, and what was skipped;
+    `unused.json`, {kind: names} of what was not used, if any; and
     `contact_sheet.png`.
 
   Raises:
@@ -160,10 +161,14 @@ def _prepare(data, path):
 
 def summary(path):
   """Returns a line on what was found and used for a prepared folder."""
-  used = read_card(path)["num_images"]
-  if not (path / _UNUSED).exists():
+  card, file = read_card(path), path / _UNUSED
+  used, unused = card["num_images"], {"corrupt": card["skipped"]}
+  if file.exists():
+    unused = json.loads(file.read_text())
+  else:  # an older version names the corrupt ones in the card alone
+    file = path / "card.json"
+  if not any(unused.values()):
     return f"{used:,} found, all of them used"
-  unused = json.loads((path / _UNUSED).read_text())
   kinds = []
   for kind, names in unused.items():
     first = ", ".join(" ".join(name.split()) for name in names[:3])
@@ -171,7 +176,7 @@ def summary(path):
   found = used + sum(map(len, unused.values()))
   return (
     f"{found:,} found, {used:,} used; not used: {'; '.join(kinds)}; all names "
-    f"are in {path / _UNUSED}"
+    f"are in {file}"
   )
 
 

@@ -1,0 +1,115 @@
+import types
+
+from flax import linen as nn
+import numpy as np
+import pytest
+
+from configs import digits
+from vitgan_jax import config as config_lib
+from vitgan_jax import partitioning
+from vitgan_jax.models import networks
+
+CPU = partitioning.create_mesh()
+# Nothing but the platform is asked for, and nothing runs.
+TPU = types.SimpleNamespace(
+  devices=np.array([types.SimpleNamespace(platform="tpu")])
+)
+
+
+def build(**fields):
+  """Returns the networks of the demo's smoke size, 16 tokens an image."""
+  config = digits.get_config("smoke")
+  config.update_from_flattened_dict(fields)
+  return networks.build(config)
+
+
+def implementations(nets):
+  return nets.generator.implementation, nets.discriminator.implementation
+
+
+@pytest.mark.parametrize(
+  "asked, mesh, num_images, chosen",
+  [
+    ("auto", CPU, 16, "xla"),
+    ("auto", TPU, 16, "pallas"),
+    ("xla", TPU, 16, "xla"),
+    ("interpret", CPU, 16, "interpret"),
+    ("interpret", TPU, 32, "interpret"),
+    ("pallas", TPU, 64, "pallas"),
+  ],
+)
+def test_implementation_is_that_of_config_devices_and_batch(
+  asked, mesh, num_images, chosen
+):
+  nets, lines = networks.with_kernels(
+    build(implementation=asked), mesh, num_images
+  )
+  assert implementations(nets) == (chosen, chosen)
+  assert lines == [f"generator: {chosen}", f"discriminator: {chosen}"]
+
+
+def test_auto_says_why_a_batch_gets_no_kernels_and_which_would():
+  nets, lines = networks.with_kernels(build(), TPU, 24)
+  assert implementations(nets) == ("xla", "xla")
+  for name, line in zip(networks.TABLES, lines, strict=True):
+    assert line.startswith(f"{name}: xla (")
+    assert line.endswith("32 on a device and micro-batch, not 24, would do)")
+
+
+def test_auto_chooses_for_each_network():
+  nets = build(**{"discriminator.conv_qkv": True})
+  nets, lines = networks.with_kernels(nets, TPU, 16)
+  assert implementations(nets) == ("pallas", "xla")
+  assert lines == [
+    "generator: pallas",
+    "discriminator: xla (convolutional projections have no kernel)",
+  ]
+
+
+@pytest.mark.parametrize("asked, mesh", [("interpret", CPU), ("pallas", TPU)])
+def test_kernels_that_do_not_take_the_batch_are_refused(asked, mesh):
+  with pytest.raises(config_lib.ConfigError) as error:
+    networks.with_kernels(build(implementation=asked), mesh, 8)
+  message = str(error.value)
+  assert f"config.implementation='{asked}' is not for this generator" in message
+  assert "16 on a device and micro-batch, not 8, would do" in message
+  assert "\n" not in message
+
+
+def test_kernels_of_other_devices_are_refused():
+  with pytest.raises(
+    config_lib.ConfigError, match=r"'pallas' is for TPUs.* cpu"
+  ):
+    networks.with_kernels(build(implementation="pallas"), CPU, 16)
+
+
+class Plain(nn.Module):
+  """A kind of network without kernels."""
+
+
+@pytest.mark.parametrize("asked, mesh", [("auto", TPU), ("interpret", CPU)])
+def test_kind_without_kernels_is_left_as_it_is(asked, mesh):
+  nets = build(implementation=asked)._replace(discriminator=Plain())
+  chosen, lines = networks.with_kernels(nets, mesh, 16)
+  assert chosen.discriminator == nets.discriminator
+  assert chosen.generator.implementation != "xla"
+  assert lines[1] == "discriminator: xla (this kind has no kernels)"
+
+
+def test_plain_form_differs_in_the_implementation_alone():
+  nets, _ = networks.with_kernels(build(), TPU, 16)
+  for network, built in zip(nets[:2], build()[:2]):
+    assert network != built and networks.plain(network) == built
+  assert networks.plain(Plain()) == Plain()
+
+
+def test_networks_have_what_the_config_says():
+  config = digits.get_config()
+  config.update(dtype="bfloat16", remat=True, data=dict(num_classes=10))
+  nets = networks.build(config)
+  for name in networks.TABLES:
+    network = getattr(nets, name)
+    for field, value in config[name].items():
+      assert field == "kind" or getattr(network, field) == value, field
+    assert (network.image_size, network.num_classes) == (16, 10)
+    assert (network.remat, network.dtype) == (True, np.dtype("bfloat16"))
