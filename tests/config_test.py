@@ -59,7 +59,7 @@ def test_another_choice_is_an_error_that_names_the_field(field):
     ("discriminator.overlap", -1),
     ("generator.mapping_depth", -1),
     ("generator.latent_dim", 0),
-    ("discriminator.qk_gain", 0.0),
+    ("discriminator.qk_gain", -1.0),
     ("d_steps", 0),
     ("data.num_classes", -1),
     ("g_optimizer.learning_rate", 0.0),

@@ -10,7 +10,7 @@ from configs import digits
 from tests import tiny
 from tests.reference import standardise
 from vitgan_jax import partitioning, visualize
-from vitgan_jax.diagnostics import make_diagnostics
+from vitgan_jax.diagnostics import border_step_ratio, make_diagnostics
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import GANState, create_train_state
 
@@ -137,7 +137,10 @@ def test_attention_maps_are_those_of_the_class_token(state, diagnose):
     window = padded[:, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8]
     centre = np.array([i - 1.5, j - 1.5]) / 2
     scale = CONFIG.discriminator.position_scale
-    position = np.sin(scale * centre @ params["positions"]["frequencies"])
+    positions = params["positions"]
+    position = np.sin(
+      scale * centre @ positions["frequencies"] + positions["phase"]
+    )
     tokens.append(
       window.reshape(len(IMAGES), -1) @ embedding
       + params["embedding"]["bias"]
@@ -271,3 +274,21 @@ def test_what_networks_do_not_show_is_left_out(tokens, shape):
   assert (None if shown.attention is None else shown.attention.shape) == shape
   drawn = visualize.discriminator_pictures(IMAGES, shown)
   assert drawn.keys() == (set() if shape is None else {"attention"})
+
+
+def test_border_step_ratio_is_that_of_a_loop():
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(2, 8, 8, 3))
+  tiles = np.repeat(np.repeat(rng.normal(size=(2, 2, 2, 3)), 4, 1), 4, 2)
+  images += 3.0 * tiles
+  border, inside = [], []
+  for i, j, k in np.ndindex(7, 8, 3):
+    steps = border if i == 3 else inside
+    steps += list(np.abs(images[:, i + 1, j, k] - images[:, i, j, k]))
+    steps += list(np.abs(images[:, j, i + 1, k] - images[:, j, i, k]))
+  expected = np.mean(border) / np.mean(inside)
+  assert expected > 1.5
+  ratio = border_step_ratio(jnp.asarray(images), 4)
+  np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+  even = border_step_ratio(jnp.asarray(rng.normal(size=(50, 8, 8, 3))), 4)
+  np.testing.assert_allclose(even, 1.0, atol=0.05)

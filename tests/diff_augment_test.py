@@ -196,7 +196,8 @@ def test_cutout_is_a_grey_square_centred_anywhere_in_the_image(cutout, side):
   kept = np.all(after == before, axis=-1)
   assert np.all(after[~kept] == 0)
   position = np.arange(size)
-  starts = position - side // 2
+  # An even side has one place more, and so either border the same share.
+  starts = np.arange(size + 1 - side % 2) - side // 2
   strips = (position >= starts[:, None]) & (position < starts[:, None] + side)
   counts = [
     np.sum(np.all(~kept == (rows[:, None] & columns), axis=(1, 2)))
@@ -287,7 +288,7 @@ def test_color_zoom_and_shift_are_independent():
   assert_uncorrelated(*applied)
 
 
-def test_colors_three_draws_are_independent_but_applied_together():
+def test_colors_three_draws_and_their_coins_are_independent():
   before = random_batch()
   after = run(before, brightness=0.3, saturation=0.9, contrast=0.4)
   brightness = after.mean((1, 2, 3)) - before.mean((1, 2, 3))
@@ -297,11 +298,11 @@ def test_colors_three_draws_are_independent_but_applied_together():
   contrast = contrast_change(grey_before, grey_after)
   both = saturation_change(before - grey_before, after - grey_after)
   saturation = (1 + both) / (1 + contrast) - 1
-  applied = np.abs(brightness) > 1e-5
-  np.testing.assert_allclose(np.mean(applied), 0.8, atol=RATE_TOLERANCE)
-  for draw in (saturation, contrast):
-    np.testing.assert_array_equal(np.abs(draw) > 1e-5, applied)
-  assert_uncorrelated(*(x[applied] for x in (brightness, saturation, contrast)))
+  draws = brightness, saturation, contrast
+  applied = [np.abs(draw) > 1e-4 for draw in draws]
+  np.testing.assert_allclose(np.mean(applied, axis=1), 0.8, atol=RATE_TOLERANCE)
+  assert_uncorrelated(*applied)
+  assert_uncorrelated(*draws)
 
 
 def test_strength_zero_is_the_identity():

@@ -57,7 +57,8 @@ def reference_tokens(params, images, overlap, position_scale):
     centre = np.array([i - 0.5, j - 0.5])
     frequencies = position_scale * params["positions"]["frequencies"]
     tokens.append(
-      dense(params["embedding"], patch) + np.sin(centre @ frequencies)
+      dense(params["embedding"], patch)
+      + np.sin(centre @ frequencies + params["positions"]["phase"])
     )
   tokens.append(np.broadcast_to(params["class_token"][0], (len(images), 16)))
   return np.stack(tokens, axis=1)
@@ -84,7 +85,6 @@ def test_discriminator_matches_its_parts(overlap, labels):
       num_patches=4,
       kind="l2",
       conv=False,
-      qk_gain=discriminator.qk_gain,
     ),
   )
   tokens = reference_tokens(params, images, overlap, 2.0)
@@ -183,18 +183,25 @@ def test_bfloat16_logits_are_close_to_float32_ones(small):
 
 
 @pytest.mark.parametrize(
-  "qk_gain, lowest, highest", [(None, 0.5, 0.99), (1.0, 0.0, 0.05)]
+  "attention, qk_gain, lowest, highest",
+  [
+    # By default neither is uniform, 1, nor each token's own, 0.
+    ("l2", 0.0, 0.5, 0.98),
+    ("dot", 0.0, 0.5, 0.98),
+    # At gain 1 and 64 dimensions a head, L2 attention is the identity, and
+    # spectral normalisation keeps the scale that makes it so. Dot-product
+    # attention with the gain of L2 is uniform.
+    ("l2", 1.0, 0.0, 0.05),
+    ("dot", 0.4, 0.99, 1.0),
+  ],
 )
-def test_attention_entropy_at_init(qk_gain, lowest, highest):
-  # At gain 1 and 64 dimensions a head, L2 attention is the identity, and
-  # spectral normalisation freezes the scale that makes it so.
+def test_attention_entropy_at_init(attention, qk_gain, lowest, highest):
   fields = networks.DISCRIMINATORS["vitgan"].fields
-  if qk_gain is None:
-    qk_gain = fields["qk_gain"]
   discriminator = make_discriminator(
     image_size=32,
     depth=2,
     mlp_dim=64,
+    attention=attention,
     qk_gain=qk_gain,
     spectral_norm="none",  # at init "isn" is this, but for seconds of SVD
   )

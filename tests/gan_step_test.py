@@ -30,6 +30,7 @@ CONFIGS = {
     "loss.r2_gamma": 0.5,
     "loss.gradient_penalty_every": 4,
     "loss.lecam_weight": 0.3,
+    "loss.lecam_from_step": 4,
   },
   # A square that hides all of every image, for sure.
   "hidden": PLAIN
@@ -37,6 +38,8 @@ CONFIGS = {
     "data.flip": True,
     "loss.adversarial": "hinge",
     "loss.bcr_weight": 10.0,
+    "loss.r1_gamma": 1.0,
+    "loss.gradient_penalty_every": 1,
     "augment.probability": 1.0,
     "augment.cutout": 2.0,
   },
@@ -177,10 +180,12 @@ def reference_d(name, params, before, after, images):
       (d(fake) - fake_logits) ** 2
     )
     loss += 10.0 * metrics["penalty/bcr"]
+    # The slope at the image itself, of which D sees nothing.
+    metrics["penalty/r1"] = 0.0
   if name == "pairs":
-    metrics["penalty/lecam"] = np.mean((real_logits + 0.2) ** 2) + np.mean(
-      (fake_logits - 0.3) ** 2
-    )
+    metrics["penalty/lecam"] = np.mean(
+      np.maximum(real_logits + 0.2, 0) ** 2
+    ) + np.mean(np.maximum(0.3 - fake_logits, 0) ** 2)
     loss += 0.3 * metrics["penalty/lecam"]
     is_turn = before.step % 4 == 0
     slope = functools.partial(half_squared_slope, name, params, model_state)

@@ -91,7 +91,8 @@ def test_generator_without_blocks_matches_numpy(latent_injection):
   norm = params["norm_out"]
   for b, i, j in np.ndindex(2, 3, 3):
     centre = np.array([2 * i - 2, 2 * j - 2]) / 3
-    h = np.sin(2.0 * centre @ params["positions"]["frequencies"])
+    positions = params["positions"]
+    h = np.sin(2.0 * centre @ positions["frequencies"] + positions["phase"])
     if latent_injection == "add":
       h = h + dense(params["latent_token"], w[b])
     if latent_injection == "sln":

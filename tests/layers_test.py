@@ -228,7 +228,7 @@ def test_sine_embedding_matches_numpy():
   embedding = apply(module, params)
   for i, j in np.ndindex(3, 3):
     centre = np.array([(2 * i + 1) / 3 - 1, (2 * j + 1) / 3 - 1])
-    expected = np.sin(2.5 * centre @ params["frequencies"])
+    expected = np.sin(2.5 * centre @ params["frequencies"] + params["phase"])
     assert_allclose(embedding[3 * i + j], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -236,3 +236,11 @@ def test_sine_embedding_frequencies_are_stored_with_std_one():
   module = SineEmbedding(grid_size=2, features=5000, scale=2.5)
   frequencies = module.init(jax.random.key(0))["params"]["frequencies"]
   assert_allclose(frequencies.std(), 1.0, rtol=4.0 / np.sqrt(2 * 10_000))
+
+
+@pytest.mark.parametrize("grid_size, rank", [(4, 16), (8, 50)])
+def test_sine_embeddings_of_cells_are_linearly_independent(grid_size, rank):
+  # Without a phase those of opposite cells are opposite: ranks of 8 and 32.
+  module = SineEmbedding(grid_size, features=128, scale=3.0)
+  embedding, _ = module.init_with_output(jax.random.key(0))
+  assert np.linalg.matrix_rank(embedding) >= rank

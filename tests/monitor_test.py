@@ -140,6 +140,10 @@ def test_run_shows_its_losses_and_diagnostics(digits_run):
     assert {
       "attention/entropy_min",
       "attention/entropy_mean",
+      "attention/g_entropy_min",
+      "attention/g_entropy_mean",
+      "borders/step_ratio",
+      "borders/step_ratio_real",
       "sigma/growth_max",
       "diversity/std_over_latents",
       "diversity/std_of_mean_image",

@@ -35,7 +35,8 @@ def modulate(kernel, style):
 def fourier_features(params, patch_size, scale):
   axis = (np.arange(patch_size) + 0.5) * 2 / patch_size - 1
   centres = np.array([(y, x) for y in axis for x in axis])
-  return np.sin(scale * centres @ params["fourier"]["frequencies"])
+  fourier = params["fourier"]
+  return np.sin(scale * centres @ fourier["frequencies"] + fourier["phase"])
 
 
 def assert_tiles(images, tiles):
