@@ -24,6 +24,7 @@ from vitgan_jax.metrics.feature_network import FeatureNetwork, Features
 from vitgan_jax.metrics.reference import Reference
 
 NUM_IMAGES = 10_000  # of either kind, for the time of a whole score
+NUM_FEATURES = 2048  # of Inception
 _THEIR_BATCH = 16  # faster than 64, its default, on a CPU
 
 
@@ -45,7 +46,8 @@ def run(seconds):
     ) from error
   ours, theirs = _features_per_sec(seconds)
   rng = np.random.default_rng(0)
-  real, fake = np.abs(rng.normal(size=(2, NUM_IMAGES, 2048))).astype(np.float32)
+  normal = rng.normal(size=(2, NUM_IMAGES, NUM_FEATURES))
+  real, fake = np.abs(normal).astype(np.float32)
   logits = rng.normal(size=(NUM_IMAGES, 1008)).astype(np.float32)
   our_seconds = turns.time_of(_our_scores, real, fake, logits)
   their_seconds = turns.time_of(_their_scores, real, fake, logits)
@@ -76,7 +78,7 @@ def _features_per_sec(seconds):
     fidelity.write_random_inception(path)
     params = inception.from_state_dict(torch_files.read_state_dict(path))
     their_network = fidelity.inception(path)
-  network = FeatureNetwork("random", "", 2048, params, inception.apply)
+  network = FeatureNetwork("random", "", NUM_FEATURES, params, inception.apply)
   extractor = features.Extractor(network, partitioning.create_mesh())
   images = np.random.default_rng(0).integers(
     0, 256, (extractor.batch_size, 32, 32, 3), np.uint8

@@ -10,7 +10,6 @@ from tests import tiny
 from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
 from vitgan_jax import gan_step, monitor, partitioning, train_state
 from vitgan_jax.models import networks
-from vitgan_jax.models.generator import MappingNetwork
 from vitgan_jax.pixels import to_float
 
 # What a step computes can be known from outside in these: no random draws.
@@ -313,52 +312,6 @@ def test_images_are_generated_from_the_latents_and_labels():
   assert abs(score(LABELS) - score(np.roll(LABELS, 1))) > 1e-4
 
 
-def test_mapping_network_has_the_class_beside_z():
-  mapping = MappingNetwork(depth=2, lr_multiplier=0.01, num_classes=3)
-  z = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-  params = mapping.init(jax.random.key(0), z, LABELS)["params"]
-  params["class_embedding"]["bias"] += 0.3
-  params["dense1"]["bias"] += 20.0
-
-  def normalised(x):
-    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
-
-  embedding = params["class_embedding"]
-  table = embedding["kernel"] / np.sqrt(3) + embedding["bias"]
-  w = np.concatenate([normalised(z), normalised(table[LABELS])], axis=-1)
-  for name in ("dense0", "dense1"):
-    layer = params[name]
-    w = 0.01 * (w @ layer["kernel"] / np.sqrt(w.shape[-1]) + layer["bias"])
-    w = np.sqrt(2) * np.where(w > 0, w, 0.2 * w)
-  actual = mapping.apply({"params": params}, z, LABELS)
-  np.testing.assert_allclose(actual, w, rtol=1e-4, atol=1e-5)
-
-
-def test_discriminator_adds_the_projection_of_the_class():
-  discriminator = setting("pairs")["nets"].discriminator
-  variables = state_of("pairs").d_variables
-  tokens = []
-
-  def keep_token(method, args, kwargs, context):
-    if context.module.name == "head_in" and context.method_name == "__call__":
-      tokens.append(args[0])
-    return method(*args, **kwargs)
-
-  @jax.jit
-  def apply(images, labels):
-    with nn.intercept_methods(keep_token):
-      conditional = discriminator.apply(variables, images, labels)
-    plain = discriminator.clone(num_classes=0).apply(variables, images)
-    return conditional, plain, tokens.pop()
-
-  logits, plain, token = apply(to_float(IMAGES), LABELS)
-  # As it was initialised, the normalised kernel is the kernel.
-  kernel = variables["params"]["class_embedding"]["kernel"] / np.sqrt(3)
-  projection = np.mean(kernel[LABELS] * token, axis=-1)
-  assert np.std(projection) > 0.01
-  np.testing.assert_allclose(logits, plain + projection, atol=5e-6)
-
-
 @pytest.mark.parametrize("name", ["default", "pairs"])
 def test_every_parameter_is_trained(name):
   before = state_of(name)
@@ -372,9 +325,9 @@ def test_every_parameter_is_trained(name):
       # Rounding would leave 1e-8.
       assert np.max(np.abs(value)) > 1e-6, (network, leaf)
       assert np.any(after_params[leaf] != before_params[leaf]), (network, leaf)
-    if name == "pairs":
-      rows = gradient["class_embedding" if network == "d" else "mapping"]
-      rows = rows.get("class_embedding", rows)["kernel"]
+    if name == "pairs":  # and every class
+      layers = gradient["mapping"] if network == "g" else gradient
+      rows = layers["class_embedding"]["kernel"]
       assert rows.shape == (3, 16) and np.all(np.any(rows, axis=1))
 
 
@@ -586,7 +539,7 @@ class ToyDiscriminator(nn.Module):
 
 @functools.cache
 def toys():
-  """Returns a state of toy networks on two devices, d_step and g_step."""
+  """Returns a state of toy networks on two devices, and their steps."""
   nets = networks.Networks(ToyGenerator(), ToyDiscriminator(), "xla")
   options = setting("pairs", num_devices=2, d_steps=3) | {"nets": nets}
   steps = (gan_step.d_step, gan_step.g_step, gan_step.train_step)
@@ -597,7 +550,7 @@ def toys():
 
 def test_networks_of_other_kinds_keep_statistics_and_draw_from_the_keys():
   state, d_step, g_step, _ = toys()
-  batch = {"images": IMAGES, "labels": None, "keys": KEYS}
+  batch = batch_of("default")
   after_d, metrics = d_step(state, batch)
   after, _ = g_step(after_d, batch)
   z_keys, _, _, _, g_keys, d_keys = gan_step.split_keys(KEYS, 6)

@@ -91,7 +91,7 @@ def read_events(workdir):
 
 
 def test_scalars_and_images_are_in_both_files(tmp_path):
-  image = np.random.default_rng(0).integers(0, 256, (1, 6, 9, 3), np.uint8)
+  image = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
   with monitor.MetricWriter(tmp_path) as writer:
     writer.write(2, {"loss/d": 0.5})
     writer.write(4, {"loss/d": 0.25, "loss/g": 1.5}, {"samples": image})
@@ -102,7 +102,7 @@ def test_scalars_and_images_are_in_both_files(tmp_path):
   scalars, images = read_events(tmp_path)
   assert scalars == {"loss/d": {2: 0.5, 4: 0.25}, "loss/g": {4: 1.5}}
   assert images.keys() == {"samples"}
-  np.testing.assert_array_equal(images["samples"][4], image[0])
+  np.testing.assert_array_equal(images["samples"][4], image)
 
 
 def test_resumed_writer_adds_its_lines(tmp_path):
@@ -118,7 +118,7 @@ def test_only_the_first_process_writes_and_prints(
 ):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   with monitor.MetricWriter(tmp_path) as writer:
-    image = np.zeros((1, 2, 2, 3), np.uint8)
+    image = np.zeros((2, 2, 3), np.uint8)
     writer.write(2, {"loss/d": 0.5}, {"samples": image})
   progress = monitor.Progress(tiny.tiny_config(), 0, 8)
   progress.report(2, {"loss/d": 0.5})

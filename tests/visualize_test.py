@@ -80,7 +80,7 @@ def test_attention_picture_is_bright_where_the_map_is():
     np.testing.assert_allclose(cell, expected, atol=1.5)
 
 
-def test_sigma_picture_has_every_kernel_in_the_order_of_the_network(figures):
+def test_sigma_picture_has_every_kernel_with_numbers_in_order(figures):
   growth = {
     "head_out": 1.5,
     "block10/mlp_in": 0.5,
@@ -91,10 +91,10 @@ def test_sigma_picture_has_every_kernel_in_the_order_of_the_network(figures):
   assert picture.dtype == np.uint8 and picture.shape[2] == 3
   axis = figures[0].axes[0]
   names = [label.get_text() for label in axis.get_yticklabels()]
-  assert names == ["embedding", "block9/mlp_out", "block10/mlp_in", "head_out"]
+  assert names == ["block9/mlp_out", "block10/mlp_in", "embedding", "head_out"]
   assert axis.yaxis_inverted()
   widths = [bar.get_width() for bar in axis.patches]
-  assert widths == [1.0, 2.0, 0.5, 1.5]
+  assert widths == [2.0, 0.5, 1.0, 1.5]
   assert picture.std() > 10
 
 
