@@ -164,7 +164,7 @@ def test_flops_of_a_step_are_those_of_its_passes():
   )
 
 
-# Inception takes minutes, at its own size ten: one test does without it, as
+# Inception at its own size takes many minutes: one test does without it, as
 # where torch-fidelity is missing, the other takes the least of images.
 _WITHOUT_INCEPTION = """
 import runpy, sys
