@@ -70,7 +70,9 @@ def pack(patches, extra, group):
 def unpack(tokens, num_patches, group):
   """Undoes `pack`: returns (patches [B, N, D], extra [B, 1, D])."""
   width = tokens.shape[-1]
-  patches, extra = jnp.split(tokens, [group * num_patches], axis=1)
+  # Slices: where one part is not needed, the other's gradient is but padded.
+  patches = tokens[:, : group * num_patches]
+  extra = tokens[:, group * num_patches :]
   return patches.reshape(-1, num_patches, width), extra.reshape(-1, 1, width)
 
 
