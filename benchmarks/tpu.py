@@ -240,7 +240,13 @@ def plain_programs(config, batch_size):
     batch_size: of the training step.
   """
   config = config.copy_and_resolve_references()
-  config.update(batch_size=batch_size, accumulation=1, remat=False, fsdp=1)
+  config.update(
+    batch_size=batch_size,
+    accumulation=1,
+    remat=False,
+    fsdp=1,
+    implementation="xla",
+  )
   return programs(config, partitioning.create_mesh(jax.devices("cpu")[:1]))
 
 
