@@ -8,9 +8,8 @@ takes them from TFDS. Of another copy, a folder or zip of its images:
       --config.data.dataset=folder --config.data.path=DIR_OR_ZIP
 
 The networks and the objective of configs/digits.py, mirrored images; about
-1,000 images/s on two cores. configs/cifar10.py is the paper's, at 32 x 32. What
-its objective, balanced consistency of weight 10 and the strongest augmentation,
-gives at this size is worse: docs/lab_book.md.
+1,000 images/s on two cores. configs/cifar10.py is the paper's, at 32 x 32, with
+balanced consistency of weight 10 and stronger augmentation.
 """
 
 from configs import common, digits

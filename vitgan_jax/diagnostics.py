@@ -90,7 +90,8 @@ def border_step_ratio(images, patch_size):
   columns = jnp.abs(jnp.diff(images, axis=2))
   rows = jnp.abs(jnp.diff(images, axis=1)).swapaxes(1, 2)
   steps = jnp.mean(columns + rows, axis=(0, 1, 3))
-  return jnp.mean(steps[is_border]) / jnp.mean(steps[~is_border])
+  # An image of one colour has no steps.
+  return jnp.mean(steps[is_border]) / (jnp.mean(steps[~is_border]) + 1e-8)
 
 
 def _attention_maps(collections):
