@@ -43,18 +43,35 @@ def draw(
   Returns:
     {name: tuple of arguments} for `apply`, which may also have a part of them.
   """
-  color_key, geometry_key, cutout_key = jax.random.split(key, 3)
+  # All in one call: on a TPU a call takes longer than its numbers.
+  coins, uniform = jax.random.uniform(key, (2, 8))
+  applied = coins < probability
+
+  def strength(i, limit):
+    return jnp.where(applied[i], (2.0 * uniform[i] - 1.0) * limit, 0.0)
+
+  def integers(i, count):
+    """Returns a pair of integers from 0 to count - 1."""
+    return jnp.floor(uniform[i : i + 2] * count)
+
   draws = {}
   if brightness or saturation or contrast:
-    draws["color"] = _draw_color(
-      color_key, probability, brightness, saturation, contrast
-    )
+    limits = (brightness, saturation, contrast)
+    draws["color"] = tuple(strength(i, limit) for i, limit in enumerate(limits))
   if translation or scaling:
-    draws["geometry"] = _draw_geometry(
-      geometry_key, size, probability, translation, scaling
-    )
+    zoom = 1.0 + strength(3, scaling)
+    limit = round(size * translation)
+    shift = jnp.where(applied[4], integers(4, 2 * limit + 1) - limit, 0.0)
+    # Output pixel y shows the input at (y + 0.5 - offset) / zoom - 0.5.
+    draws["geometry"] = (zoom, shift + 0.5 * size * (1.0 - zoom))
   if cutout:
-    draws["cutout"] = _draw_cutout(cutout_key, size, probability, cutout)
+    side = round(size * cutout)
+    # An even side is centred between pixels: one place more, and no border of
+    # the image is hidden more often than the one across.
+    start = integers(6, size + 1 - side % 2)[:, None] - side // 2
+    position = jnp.arange(size)
+    rows, columns = (position >= start) & (position < start + side)
+    draws["cutout"] = (applied[6] & rows[:, None] & columns,)
   return draws
 
 
@@ -70,17 +87,6 @@ def apply(draws, image):
   return image
 
 
-def _draw_color(key, probability, *limits):
-  """Returns a strength within each of the limits, or 0: each has its coin."""
-
-  def strength(key, limit):
-    coin_key, key = jax.random.split(key)
-    x = jax.random.uniform(key, minval=-limit, maxval=limit)
-    return jnp.where(jax.random.bernoulli(coin_key, probability), x, 0.0)
-
-  return tuple(map(strength, jax.random.split(key, len(limits)), limits))
-
-
 def color(image, brightness, saturation, contrast):
   """Changes brightness, then saturation, then contrast."""
   x = image + brightness
@@ -88,23 +94,6 @@ def color(image, brightness, saturation, contrast):
   x = grey + (x - grey) * (1.0 + saturation)
   mean = jnp.mean(x)
   return mean + (x - mean) * (1.0 + contrast)
-
-
-def _draw_geometry(key, size, probability, translation, scaling):
-  keys = jax.random.split(key, 4)
-  zoom = 1.0 + jnp.where(
-    jax.random.bernoulli(keys[0], probability),
-    jax.random.uniform(keys[1], minval=-scaling, maxval=scaling),
-    0.0,
-  )
-  limit = round(size * translation)
-  shift = jnp.where(
-    jax.random.bernoulli(keys[2], probability),
-    jax.random.randint(keys[3], (2,), -limit, limit + 1),
-    0,
-  )
-  # Output pixel y shows the input at (y + 0.5 - offset) / zoom - 0.5.
-  return zoom, shift + 0.5 * size * (1.0 - zoom)
 
 
 def geometry(image, zoom, offset):
@@ -127,19 +116,6 @@ def geometry(image, zoom, offset):
     method="linear",
     antialias=False,
   )
-
-
-def _draw_cutout(key, size, probability, cutout):
-  applied_key, centre_key = jax.random.split(key)
-  applied = jax.random.bernoulli(applied_key, probability)
-  side = round(size * cutout)
-  # An even side is centred between pixels: one place more, and no border of the
-  # image is hidden more often than the one across.
-  centres = size + 1 - side % 2
-  start = jax.random.randint(centre_key, (2, 1), 0, centres) - side // 2
-  position = jnp.arange(size)
-  rows, columns = (position >= start) & (position < start + side)
-  return (applied & rows[:, None] & columns,)
 
 
 def cut_out(image, inside):
