@@ -1,6 +1,7 @@
 import types
 
 from flax import linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -9,10 +10,10 @@ from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.models import networks
 
-CPU = partitioning.create_mesh()
+CPU = partitioning.create_mesh(jax.devices()[:1])
 # Nothing but the platform is asked for, and nothing runs.
 TPU = types.SimpleNamespace(
-  devices=np.array([types.SimpleNamespace(platform="tpu")])
+  devices=np.array([types.SimpleNamespace(platform="tpu")]), size=1
 )
 
 
@@ -28,7 +29,7 @@ def implementations(nets):
 
 
 @pytest.mark.parametrize(
-  "asked, mesh, num_images, chosen",
+  "asked, mesh, batch_size, chosen",
   [
     ("auto", CPU, 16, "xla"),
     ("auto", TPU, 16, "pallas"),
@@ -39,10 +40,10 @@ def implementations(nets):
   ],
 )
 def test_implementation_is_that_of_config_devices_and_batch(
-  asked, mesh, num_images, chosen
+  asked, mesh, batch_size, chosen
 ):
   nets, lines = networks.with_kernels(
-    build(implementation=asked), mesh, num_images
+    build(implementation=asked), mesh, batch_size
   )
   assert implementations(nets) == (chosen, chosen)
   assert lines == [f"generator: {chosen}", f"discriminator: {chosen}"]
@@ -53,7 +54,9 @@ def test_auto_says_why_a_batch_gets_no_kernels_and_which_would():
   assert implementations(nets) == ("xla", "xla")
   for name, line in zip(networks.TABLES, lines, strict=True):
     assert line.startswith(f"{name}: xla (")
-    assert line.endswith("32 on a device and micro-batch, not 24, would do)")
+    assert line.endswith("; config.batch_size=32 would do)")
+  _, (line, _) = networks.with_kernels(build(), TPU, 32, num_parts=4)
+  assert line.endswith("; config.batch_size=64 would do)")
 
 
 def test_auto_chooses_for_each_network():
@@ -72,7 +75,8 @@ def test_kernels_that_do_not_take_the_batch_are_refused(asked, mesh):
     networks.with_kernels(build(implementation=asked), mesh, 8)
   message = str(error.value)
   assert f"config.implementation='{asked}' is not for this generator" in message
-  assert "16 on a device and micro-batch, not 8, would do" in message
+  assert "8 images are not a multiple of 16" in message
+  assert "config.batch_size=16 would do" in message
   assert "\n" not in message
 
 

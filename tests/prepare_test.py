@@ -276,8 +276,8 @@ def test_two_folders_of_the_same_names_and_sizes_are_two_datasets(data):
   assert others.path != whole.path
   np.testing.assert_array_equal(others[:], images)
   with pytest.raises(config_lib.ConfigError, match="not the same"):
-    state = pipeline.ShuffledBatches(whole, 4, 0).state(1)
-    pipeline.ShuffledBatches(others, 4, 0).step(state)
+    state = pipeline.ShuffledBatches(whole, 4, 0).state_at(1)
+    pipeline.ShuffledBatches(others, 4, 0).step_of(state)
 
 
 def test_known_folder_is_not_read_again(data, monkeypatch):

@@ -155,7 +155,9 @@ NORMS = pytest.mark.parametrize(
 make_block = functools.partial(
   TransformerBlock,
   mlp_dim=10,
-  attention=dict(num_heads=2, num_patches=4, kind="l2", conv=False),
+  attention=dict(
+    num_heads=2, num_patches=4, kind="l2", conv=False, qk_gain=1.0
+  ),
 )
 
 
