@@ -115,6 +115,10 @@ class Discriminator(nn.Module):
       implementation=self.implementation,
       unit=group * num_patches,
     )
+
+    def class_tokens(tokens):
+      return attention.unpack(tokens, num_patches, group)[1]
+
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
       h = block(
@@ -127,13 +131,14 @@ class Discriminator(nn.Module):
           conv=self.conv_qkv,
           qk_gain=self.qk_gain,
         ),
+        # The head looks at nothing else.
+        select=class_tokens if i == self.depth - 1 else None,
         implementation=self.implementation,
         name=f"block{i}",
         **common,
       )(h)
-    _, class_token = attention.unpack(h, num_patches, group)
     norm = LayerNorm(name="norm_out").weights(self.width)
-    class_token = norm(class_token[:, 0])
+    class_token = norm(h[:, 0])
     y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(class_token))
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32

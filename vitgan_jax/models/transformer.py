@@ -180,6 +180,8 @@ class TransformerBlock(nn.Module):
       `layers.SelfModulatedLayerNorm`, of a name.
     mlp_dim: hidden width of the MLP, whose activation is the tanh GELU.
     attention: keyword arguments of MultiHeadAttention, but for the rest.
+    select: takes the tokens that are asked for from all of them; nothing after
+      the attention is computed for others. None is all of them.
     spectral_norm: of every dense layer.
     implementation: see MultiHeadAttention.
     dtype: of the computation.
@@ -188,13 +190,17 @@ class TransformerBlock(nn.Module):
   norm: Any
   mlp_dim: int
   attention: Any
+  select: Any = None
   spectral_norm: str = "none"
   implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, h, *w):
-    """Maps h [B, N, D] to [B, N, D]; `w` are arguments for the norms."""
+    """Maps h [B, N, D] to [B, N, D], or what `select` leaves of it.
+
+    `w` are arguments for the norms.
+    """
     width = h.shape[-1]
     common = dict(spectral_norm=self.spectral_norm, dtype=self.dtype)
     attention = MultiHeadAttention(
@@ -205,6 +211,8 @@ class TransformerBlock(nn.Module):
     )
     norm = self.norm(name="norm_attention").weights(width, *w)
     h, attended, out = attention(h, norm)
+    if self.select is not None:
+      h, attended = self.select(h), self.select(attended)
     return apply_rows(
       mlp,
       h,
