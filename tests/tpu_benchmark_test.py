@@ -157,7 +157,7 @@ def test_flops_of_a_step_are_those_of_its_passes():
   # two. The generator has one without gradients and one with, the discriminator
   # four of images and augmented ones, and that of the generator's update.
   generator, discriminator = 1_299_775_488, 879_139_584
-  # The last block projects and transforms the class token alone, not 64 patches.
+  # The last block takes the class token alone through all but its attention.
   discriminator -= 2 * 64 * (384 * 384 + 2 * 384 * 1536)
   formula = 128 * ((1 + 3) * generator + (4 * 3 + 2) * discriminator)
   # It has a gradient of images that nothing needs, and lacks some of attention,
