@@ -34,6 +34,10 @@ BAD_INPUT = {
     [DIGITS, "--config.implementation=pallas"],
     ["config.implementation='pallas'", "cpu"],
   ),
+  "unknown kind of network": (
+    [DIGITS + ",g=nothing"],
+    ["error: config.generator.kind='nothing' must be one of vitgan"],
+  ),
   "no config": ([], ["--config"]),
   "unknown flag": ([DIGITS, "--wrokdir=new"], ["wrokdir"]),
   "unknown mode": (["--mode=paint"], ["paint", "train", "sample"]),

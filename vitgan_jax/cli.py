@@ -68,5 +68,6 @@ def _parse_flags(argv):
   except Exception as error:  # whatever else a config file raises
     # A message may end in a whole traceback: the cause is in its last line.
     reason = [line for line in str(error).splitlines() if line.strip()][-1]
-    fail(f"{reason.strip()}; see --help")
+    reason = re.sub(r"^(\w+\.)*\w*Error: ", "", reason.strip())
+    fail(f"{reason}; see --help")
   return arguments
