@@ -116,10 +116,15 @@ def _digest(entries):
   return hashlib.sha256(text).hexdigest()[:12]
 
 
+def sha256(path):
+  """Returns the SHA-256 of a file, in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sha256(path):
   try:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
   except OSError:  # it will be named as a corrupt image
     return ""
 

@@ -216,7 +216,7 @@ def verify(path):
   """
   for shard in tqdm(read_card(path)["shards"], "Verifying", unit=" shards"):
     file = path / shard["file"]
-    if not file.exists() or shards.sha256(file) != shard["sha256"]:
+    if not file.exists() or archives.sha256(file) != shard["sha256"]:
       raise damaged(path, shard["file"])
 
 

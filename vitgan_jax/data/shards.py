@@ -1,7 +1,6 @@
 """Decodes, crops and resizes a dataset into shards of uint8 arrays."""
 
 import concurrent.futures
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import decode
+from vitgan_jax.data.archives import sha256
 from vitgan_jax.data.source import count
 
 MAX_CORRUPT_SHARE = 0.01  # of the images; more of them is an error
@@ -187,9 +187,3 @@ def write_header(file, shape):
   np.lib.format.write_array_header_1_0(
     file, {"descr": "|u1", "fortran_order": False, "shape": shape}
   )
-
-
-def sha256(path):
-  """Returns the SHA-256 of a file, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
