@@ -5,12 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from configs import digits
 from tests import tiny
 from tests.reference import standardise
 from vitgan_jax import partitioning, visualize
-from vitgan_jax.diagnostics import border_step_ratio, make_diagnostics
+from vitgan_jax.diagnostics import (
+  area_under_curve,
+  border_step_ratio,
+  make_diagnostics,
+)
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import GANState, create_train_state
 
@@ -37,7 +42,7 @@ def state(digits_run):
 
 @pytest.fixture(scope="module")
 def diagnose():
-  diagnostics = make_diagnostics(NETS, partitioning.create_mesh())
+  diagnostics = make_diagnostics(CONFIG, NETS, partitioning.create_mesh())
 
   def scalars_of(state):
     scalars, scalars_of.shown = diagnostics(state, IMAGES, LATENTS)
@@ -111,6 +116,53 @@ def test_growth_is_that_of_the_kernel_that_grew_most(state, diagnose, layer):
   for name, value in diagnose.shown.growth.items():
     # 4%: the estimate of one that was scaled down, and so moves faster.
     np.testing.assert_allclose(value, growth[name], rtol=0.04, err_msg=name)
+
+
+def test_stable_rank_is_the_least_of_the_kernels(state, diagnose):
+  # One large direction: its kernel has about one.
+  kernel = state.d_params["block1"]["mlp_in"]["kernel"]
+  one = 100.0 * np.outer(np.ones(len(kernel)), np.ones(kernel.shape[1]))
+  params = {**state.d_params}
+  params["block1"] = {
+    **params["block1"],
+    "mlp_in": {**params["block1"]["mlp_in"], "kernel": kernel + one},
+  }
+  spectral = jax.tree.map(jnp.copy, state.d_model_state["spectral"])
+  u = np.linalg.svd(kernel + one)[2][0]
+  spectral["block1"]["mlp_in"]["norm"]["u"] = u
+  changed = state.replace(d_params=params, d_model_state={"spectral": spectral})
+  values = np.linalg.svd(kernel + one, compute_uv=False)
+  expected = np.sum(values**2) / values[0] ** 2
+  assert expected < 1.01
+  np.testing.assert_allclose(
+    diagnose(changed)["sigma/stable_rank_min"], expected, rtol=1e-3
+  )
+
+
+def test_area_under_the_curve_is_that_of_scikit_learn():
+  rng = np.random.default_rng(0)
+  real, fake = rng.integers(0, 9, size=60) + 2, rng.integers(0, 9, size=40)
+  expected = metrics.roc_auc_score(
+    np.repeat([1, 0], [60, 40]), np.concatenate([real, fake])
+  )
+  assert 0.55 < expected < 0.95
+  value = area_under_curve(jnp.float32(real), jnp.float32(fake))
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_area_under_the_curve_is_of_images_as_they_are_and_augmented(
+  state, diagnose
+):
+  scalars = diagnose(state)
+  discriminate = jax.jit(NETS.discriminator.apply)
+  images = [
+    IMAGES / 127.5 - 1.0,
+    jax.jit(NETS.generator.apply)(state.g_variables, LATENTS),
+  ]
+  logits = [discriminate(state.d_variables, x) for x in images]
+  pairs = [a > b for a in np.asarray(logits[0]) for b in np.asarray(logits[1])]
+  np.testing.assert_allclose(scalars["auc/clean"], np.mean(pairs), atol=1e-3)
+  assert scalars["auc/augmented"] != scalars["auc/clean"]
 
 
 def normalised(state, gain, *path):
@@ -211,7 +263,7 @@ def test_without_spectral_normalisation_the_scalars_are_finite():
     shapes.replace(step=None, key=None),
   )
   images = tiny.random_images(config)
-  scalars, shown = make_diagnostics(nets, partitioning.create_mesh())(
+  scalars, shown = make_diagnostics(config, nets, partitioning.create_mesh())(
     state, images, LATENTS[:, :16]
   )
   # A NaN would also make a line that strict readers of JSON refuse.
@@ -263,10 +315,12 @@ class Blocks(nn.Module):
 def test_what_networks_do_not_show_is_left_out(tokens, shape):
   nets = networks.Networks(Painter(), Blocks(tokens), "auto")
   state = GANState(**{x.name: {} for x in dataclasses.fields(GANState)})
-  diagnose = make_diagnostics(nets, partitioning.create_mesh())
+  diagnose = make_diagnostics(CONFIG, nets, partitioning.create_mesh())
   labels = np.arange(32) % 4
   scalars, shown = diagnose(state, IMAGES, LATENTS, labels)
   assert scalars == {
+    "auc/clean": pytest.approx(0.5),
+    "auc/augmented": pytest.approx(0.5),
     "diversity/std_over_latents": pytest.approx(np.std([0, 0.25, 0.5, 0.75])),
     "diversity/std_of_mean_image": pytest.approx(0.0),
   }

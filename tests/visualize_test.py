@@ -49,7 +49,7 @@ def test_curves_of_a_run_have_every_scalar(digits_run, tmp_path, figures):
     (tmp_path / name).write_bytes((digits_run.workdir / name).read_bytes())
   visualize.draw_curves(tmp_path)
   lines = [line for axis in figures[0].axes for line in axis.lines]
-  assert len(lines) == 8 and all(len(line.get_xdata()) for line in lines)
+  assert len(lines) == 16 and all(len(line.get_xdata()) for line in lines)
 
 
 def test_attention_picture_is_bright_where_the_map_is():

@@ -139,7 +139,7 @@ class SampleWriter:
       self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(nets, mesh)
-    self._diagnostics = make_diagnostics(nets, mesh)
+    self._diagnostics = make_diagnostics(config, nets, mesh)
     self._real_images = images[:64]
     self._labels = images.labels()[:64] if config.data.num_classes else None
     self._latents = jax.random.normal(

@@ -29,11 +29,21 @@ _PANELS = {
     "diversity/std_over_latents",
     "diversity/std_of_mean_image",
   ),
-  "D's attention entropy / log N": (
+  "D: area under the ROC curve": ("auc/clean", "auc/augmented"),
+  "Steps at patch borders / inside": (
+    "borders/step_ratio",
+    "borders/step_ratio_real",
+  ),
+  "Attention entropy / log N": (
     "attention/entropy_mean",
     "attention/entropy_min",
+    "attention/g_entropy_mean",
+    "attention/g_entropy_min",
   ),
+  "Kernels of D: growth of sigma": ("sigma/growth_max",),
+  "Kernels of D: stable rank": ("sigma/stable_rank_min",),
 }
+_COLUMNS = 4
 
 
 def draw_curves(workdir):
@@ -51,8 +61,9 @@ def draw_curves(workdir):
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
-  figure = Figure(figsize=(14, 3))
-  axes = figure.subplots(1, len(_PANELS))
+  rows = -(-len(_PANELS) // _COLUMNS)
+  figure = Figure(figsize=(14, 3 * rows))
+  axes = figure.subplots(rows, _COLUMNS).flat
   for axis, (title, names) in zip(axes, _PANELS.items()):
     for name in names:
       kimg = sorted(curves[name])
@@ -155,12 +166,13 @@ def draw_discriminator(workdir):
   from vitgan_jax import checkpoint, sample
   from vitgan_jax.diagnostics import make_diagnostics
 
-  _, nets, mesh, state = checkpoint.load_run(workdir)
+  config, nets, mesh, state = checkpoint.load_run(workdir)
   sampler = sample.make_sampler(nets, mesh)
   samples = np.asarray(sampler(state.g_ema_variables, 0, 0))[:NUM_ROWS]
   latents = np.zeros((NUM_ROWS, nets.generator.latent_dim))
   labels = sample.labels_of(nets.generator, np.arange(NUM_ROWS))
-  _, shown = make_diagnostics(nets, mesh)(state, samples, latents, labels)
+  diagnostics = make_diagnostics(config, nets, mesh)
+  _, shown = diagnostics(state, samples, latents, labels)
   drawn = discriminator_pictures(samples, shown)
   paths = []
   for name, picture in drawn.items():

@@ -89,4 +89,6 @@ class SpectralNorm(nn.Module):
     target = {"isn": sigma_init.value, "sn": 1.0}[self.kind]
     sigma = spectral_sigma(matrix, u.value)
     self.sow("intermediates", "sigma_growth", sigma / sigma_init.value)
+    rank = jnp.sum(jnp.square(matrix)) / jnp.square(sigma)
+    self.sow("intermediates", "stable_rank", rank)
     return kernel * (target / sigma)
