@@ -62,6 +62,9 @@ def get_config():
   # "non_saturating", "hinge", "wasserstein" or "rpgan"
   config.loss.adversarial = "non_saturating"
   config.loss.bcr_weight = 10.0
+  # What D's answer to an augmented image is drawn to: that to the "clean" image
+  # or that to it "augmented" in another way, as in the authors' code
+  config.loss.bcr_anchor = "clean"
   config.loss.r1_gamma = 0.0
   config.loss.r2_gamma = 0.0
   config.loss.gradient_penalty = "exact"  # or "approximate", by differences

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -292,6 +293,51 @@ def test_neither_network_is_trained_on_images_that_are_not_augmented():
   after, _ = run("hidden", known_state("hidden"), batch_of("hidden"))
   for name, leaf in tiny.leaves_by_name(gradients(after)[0]).items():
     np.testing.assert_array_equal(leaf, 0.0, err_msg=name)
+
+
+class Grey(nn.Module):
+  """Generates images of mid-grey."""
+
+  latent_dim: int = 1
+
+  @nn.compact
+  def __call__(self, latents, labels, keys, train):
+    return jnp.zeros((len(latents), 2, 2, 3))
+
+
+class Brightness(nn.Module):
+  """A discriminator whose logit is the mean of an image."""
+
+  @nn.compact
+  def __call__(self, images, labels, keys, train):
+    return jnp.mean(images, axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("anchor, views", [("clean", 1), ("augmented", 2)])
+def test_consistency_is_to_the_clean_image_or_to_another_view(anchor, views):
+  config = tiny.tiny_config(
+    PLAIN
+    | {
+      "loss.bcr_weight": 1.0,
+      "loss.bcr_anchor": anchor,
+      "augment.probability": 1.0,
+      "augment.brightness": 0.5,
+    }
+  )
+  state = train_state.GANState(
+    **{field.name: {} for field in dataclasses.fields(train_state.GANState)}
+  )
+  batch = {
+    "images": np.zeros((4096, 2, 2, 3), np.uint8),
+    "labels": None,
+    "keys": jax.random.split(jax.random.key(0), 4096),
+  }
+  nets = networks.Networks(Grey(), Brightness(), "xla")
+  _, (metrics, _) = gan_step.d_loss({}, batch, state, config=config, nets=nets)
+  # Each view has a variance of 0.5**2 / 3, for real images and for others.
+  np.testing.assert_allclose(
+    metrics["penalty/bcr"], 2 * views * 0.5**2 / 3, rtol=0.05
+  )
 
 
 def test_images_are_generated_from_the_latents_and_labels():

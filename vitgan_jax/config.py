@@ -34,6 +34,7 @@ _CHOICES = {
   "dtype": ("float32", "bfloat16"),
   "implementation": ("auto", *IMPLEMENTATIONS),
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
+  "loss.bcr_anchor": ("clean", "augmented"),
   "loss.gradient_penalty": ("exact", "approximate"),
   "evaluation.features": ("inception", "efficientnet"),
 }

@@ -55,8 +55,13 @@ def d_loss(d_params, batch, state, *, config, nets):
 
   # The one call in a step that updates what the discriminator keeps.
   shown = [real_augmented, fake_augmented]
-  if config.loss.bcr_weight:
+  if config.loss.bcr_weight and config.loss.bcr_anchor == "clean":
     shown += [real_images, fake_images]
+  elif config.loss.bcr_weight:
+    (other_keys,) = split_keys(real_keys, 1)
+    shown.append(augment(other_keys, real_images))
+    (other_keys,) = split_keys(fake_keys, 1)
+    shown.append(augment(other_keys, fake_images))
   variables = {"params": d_params, **state.d_model_state}
   logits, model_state = _discriminate(
     nets.discriminator, variables, shown, labels, d_keys, update=True

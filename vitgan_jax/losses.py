@@ -57,7 +57,10 @@ ADVERSARIAL_LOSSES = {
 
 
 def balanced_consistency(logits, augmented_logits):
-  """mean((D(x) - D(T(x)))^2), of real or of fake images (Zhao et al. 2021)."""
+  """mean((D(x) - D(T(x)))^2), of real or of fake images (Zhao et al. 2021).
+
+  The authors' code has another T(x) in place of x.
+  """
   return jnp.mean(jnp.square(logits - augmented_logits))
 
 
