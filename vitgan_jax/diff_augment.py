@@ -2,8 +2,9 @@
 
 Each transformation draws its own strength for every image and is applied to it
 with probability `probability`, independently. Everything here is of one image
-[S, S, 3], about [-1, 1]; `jax.vmap` makes it one of a batch. What comes in from
-outside of an image is 0, mid-grey.
+[S, S, 3], about [-1, 1]; `jax.vmap` makes it one of a batch. Several levels of
+an image, [S, S, 3 * levels], are augmented alike. What comes in from outside of
+an image is 0, mid-grey.
 """
 
 import jax
@@ -88,12 +89,13 @@ def apply(draws, image):
 
 
 def color(image, brightness, saturation, contrast):
-  """Changes brightness, then saturation, then contrast."""
-  x = image + brightness
+  """Changes brightness, then saturation, then contrast, of each level alike."""
+  x = image.reshape(*image.shape[:2], -1, 3) + brightness
   grey = jnp.mean(x, axis=-1, keepdims=True)
   x = grey + (x - grey) * (1.0 + saturation)
-  mean = jnp.mean(x)
-  return mean + (x - mean) * (1.0 + contrast)
+  mean = jnp.mean(x, axis=(0, 1, 3), keepdims=True)
+  x = mean + (x - mean) * (1.0 + contrast)
+  return x.reshape(image.shape)
 
 
 def geometry(image, zoom, offset):

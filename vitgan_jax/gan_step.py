@@ -50,6 +50,8 @@ def d_loss(d_params, batch, state, *, config, nets):
   fake_images, _ = _run(
     nets.generator, state.g_variables, latents, labels, g_keys
   )
+  real_images = as_levels(nets.discriminator, real_images)
+  fake_images = as_levels(nets.discriminator, fake_images)
   real_augmented = augment(real_keys, real_images)
   fake_augmented = augment(fake_keys, fake_images)
 
@@ -142,10 +144,12 @@ def g_loss(g_params, batch, state, *, config, nets):
     labels=labels,
     keys=d_keys,
   )
+  fake_images = as_levels(nets.discriminator, fake_images)
   (fake_logits,), _ = discriminate(images=[augment(fake_keys, fake_images)])
   real_logits = None
   if config.loss.adversarial == "rpgan":  # the one that compares pairs
     real_images = _real_images(config, batch["images"], flip_keys)
+    real_images = as_levels(nets.discriminator, real_images)
     (real_logits,), _ = discriminate(images=[augment(real_keys, real_images)])
   _, g_adversarial = losses.ADVERSARIAL_LOSSES[config.loss.adversarial]
   loss = g_adversarial(real_logits, fake_logits)
@@ -268,6 +272,19 @@ def draw_latents(keys, latent_dim):
 def random_flip(key, image):
   """Mirrors an image [S, S, C] left to right with probability 1/2."""
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def as_levels(discriminator, images):
+  """Returns images in the levels that a discriminator compares.
+
+  Args:
+    discriminator: Linen module; without `num_levels` it takes one.
+    images: [B, S, S, 3 * levels], the last of which is the image itself. One
+      level is repeated; of too many the last ones stay.
+  """
+  channels = 3 * getattr(discriminator, "num_levels", 1)
+  images = images[..., -channels:]
+  return jnp.tile(images, channels // images.shape[-1])
 
 
 def _real_images(config, images, flip_keys):

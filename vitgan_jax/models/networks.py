@@ -14,11 +14,15 @@ alike, with B images:
   train: whether this is training: batch statistics then are those of the batch.
 
 A generator is `synthesize(mapping(latents, labels), keys, train)`, where the
-latent w is between; one without a mapping network returns the latents. What a
-network keeps beside its parameters lies in variable collections, and is the
-training state's `model_state`. A discriminator may be given real and generated
-images in one call, one kind after the other: a layer that compares images looks
-at neighbours.
+latent w is between; one without a mapping network returns the latents. With a
+field `num_levels`, it gives so many levels of each image to train with,
+[B, S, S, 3 * levels], the image itself last. A discriminator with this field
+takes them, any other the last one; one level stands for all.
+
+What a network keeps beside its parameters lies in variable collections, and is
+the training state's `model_state`. A discriminator may be given real and
+generated images in one call, one kind after the other: a layer that compares
+images looks at neighbours.
 
 A network whose class has a field `implementation` computes by `kernels`, too.
 What it sows into "intermediates" is drawn by `diagnostics`.
@@ -55,6 +59,9 @@ class Kind(NamedTuple):
 
 
 _SMALL = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
+# Size S; B is of width 768 and 12 heads, L of 1024, 16 and depth 24.
+_GAT = dict(patch_size=2, width=384, depth=12, num_heads=6, num_levels=4)
+_SMALL_GAT = dict(patch_size=4, width=32, depth=2, num_heads=2, num_levels=2)
 
 GENERATORS = {
   "vitgan": Kind(
@@ -80,6 +87,11 @@ GENERATORS = {
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
   ),
+  "gat": Kind(
+    "vitgan_jax.models.gat:Generator",
+    dict(**_GAT, latent_dim=64),
+    dict(**_SMALL_GAT, latent_dim=32),
+  ),
 }
 
 DISCRIMINATORS = {
@@ -99,6 +111,11 @@ DISCRIMINATORS = {
       position_scale=3.0,
     ),
     _SMALL,
+  ),
+  "gat": Kind(
+    "vitgan_jax.models.gat:Discriminator",
+    dict(**_GAT, head_dim=2048),  # features before a class comes in
+    dict(**_SMALL_GAT, head_dim=64),
   ),
 }
 
@@ -156,6 +173,13 @@ def check(config):
         f"{fields.kind} chooses it with them"
       )
     kind.load().check(fields, config.data.image_size, f"config.{network}.")
+  levels = [config[network].get("num_levels", 1) for network in TABLES]
+  if 1 not in levels and len(set(levels)) > 1:
+    raise ConfigError(
+      f"config.generator.num_levels={levels[0]} and "
+      f"config.discriminator.num_levels={levels[1]} must be equal, or one of "
+      "them 1"
+    )
 
 
 class Networks(NamedTuple):

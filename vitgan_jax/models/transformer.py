@@ -37,6 +37,11 @@ def check_transformer(fields, image_size, where):
     positive=("patch_size", "width", "depth", "num_heads", "mlp_dim"),
     not_negative=("qk_gain",),
   )
+  check_grid(fields, image_size, where)
+
+
+def check_grid(fields, image_size, where):
+  """Raises a ConfigError unless patches tile the image, and heads the width."""
   if image_size % fields.patch_size:
     raise ConfigError(
       f"{where}patch_size={fields.patch_size} must divide "
@@ -72,6 +77,28 @@ def relative_entropy(weights):
   """
   entropy = -jnp.sum(weights * jnp.log(weights + 1e-12), axis=-1)
   return jnp.mean(entropy) / np.log(weights.shape[-1])
+
+
+def sow_attention(module, queries, keys, num_heads, kind):
+  """Shows a layer's attention where a caller asks for intermediates.
+
+  Args:
+    module: the layer.
+    queries: [B, N, D].
+    keys: likewise.
+    num_heads: H.
+    kind: "l2" or "dot".
+  """
+  if not module.is_mutable_collection("intermediates"):
+    return
+  weights = attention_kernel.attention_weights(
+    attention_kernel.split_heads(queries, num_heads),
+    attention_kernel.split_heads(keys, num_heads),
+    kind,
+  )
+  module.sow("intermediates", "attention_entropy", relative_entropy(weights))
+  weights = weights.reshape(-1, num_heads, *weights.shape[1:])
+  module.sow("intermediates", "attention_weights", weights)
 
 
 class MultiHeadAttention(nn.Module):
@@ -143,7 +170,7 @@ class MultiHeadAttention(nn.Module):
       h, *projected = rows(project, h, norm, layers=layers)
     queries, keys, values = projected[0], projected[-2], projected[-1]
     if self.implementation == "xla":
-      self._sow_weights(queries, keys)
+      sow_attention(self, queries, keys, self.num_heads, self.kind)
     attended = attention_kernel.attend(
       queries,
       keys,
@@ -154,19 +181,6 @@ class MultiHeadAttention(nn.Module):
       implementation=self.implementation,
     )
     return h, attended, Dense(width, name="out", **common).weights(width)
-
-  def _sow_weights(self, queries, keys):
-    """Shows the attention weights [B, H, N, N] where a caller asks for them."""
-    if not self.is_mutable_collection("intermediates"):
-      return
-    weights = attention_kernel.attention_weights(
-      attention_kernel.split_heads(queries, self.num_heads),
-      attention_kernel.split_heads(keys, self.num_heads),
-      self.kind,
-    )
-    self.sow("intermediates", "attention_entropy", relative_entropy(weights))
-    weights = weights.reshape(-1, self.num_heads, *weights.shape[1:])
-    self.sow("intermediates", "attention_weights", weights)
 
 
 class TransformerBlock(nn.Module):
