@@ -70,6 +70,8 @@ def get_config():
   config.loss.gradient_penalty = "exact"  # or "approximate", by differences
   # Steps from one R1 and R2 to the next; 0 is 1 for "rpgan", 16 for others
   config.loss.gradient_penalty_every = 0
+  config.loss.gp_weight = 0.0  # of the penalty between images, WGAN-GP
+  config.loss.drift_weight = 0.0  # of (mean D(x))^2 of real images
   config.loss.lecam_weight = 0.0
   config.loss.lecam_from_step = 1_000  # its averages of logits start at 0
 

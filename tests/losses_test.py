@@ -124,6 +124,44 @@ def finite_difference_penalty(discriminate, images, h):
   return 0.5 * np.mean(squared_norms)
 
 
+def test_interpolate_penalty_matches_finite_differences():
+  rng = np.random.default_rng(0)
+  real, fake = rng.normal(size=(2, 3, 2, 2, 3))
+  weights = 0.5 * rng.normal(size=(2, 2, 3))
+  shares = np.array([0.0, 0.3, 1.0])
+
+  def discriminate(x, numpy=np):
+    return numpy.sum(numpy.sin(x) * weights, axis=(1, 2, 3))
+
+  expected = 0.0
+  for image, other, share in zip(real, fake, shares):
+    where = share * image + (1 - share) * other
+    offsets = 1e-5 * np.eye(12).reshape(12, 2, 2, 3)
+    slope = discriminate(where + offsets) - discriminate(where - offsets)
+    expected += (np.linalg.norm(slope / 2e-5) - 1) ** 2 / 3
+  assert expected > 0.01
+  penalty = losses.interpolate_penalty(
+    lambda x: discriminate(x, jnp), *as_float32(real, fake, shares)
+  )
+  np.testing.assert_allclose(penalty, expected, rtol=1e-4)
+
+
+def test_interpolate_penalty_has_a_slope_where_the_discriminator_is_flat():
+  images = jnp.zeros((2, 2, 2, 3))
+  slope = jax.grad(
+    lambda a: losses.interpolate_penalty(
+      lambda x: a * jnp.sum(x, axis=(1, 2, 3)), images, images, jnp.zeros(2)
+    )
+  )(0.0)
+  assert np.isfinite(slope)
+
+
+def test_drift_is_the_square_of_the_mean():
+  np.testing.assert_allclose(
+    losses.drift(*as_float32(REAL)), np.mean(REAL) ** 2, rtol=1e-6
+  )
+
+
 def test_gradient_penalty_matches_finite_differences_of_a_function():
   images = np.random.default_rng(0).normal(size=(3, 2, 2, 3))
   weights = np.random.default_rng(1).normal(size=(2, 2, 3))

@@ -64,6 +64,8 @@ _NOT_NEGATIVE = (
   "loss.lecam_from_step",
   "loss.r1_gamma",
   "loss.r2_gamma",
+  "loss.gp_weight",
+  "loss.drift_weight",
   "loss.lecam_weight",
   "augment.brightness",
   "augment.saturation",

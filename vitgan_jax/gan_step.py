@@ -108,8 +108,28 @@ def d_loss(d_params, batch, state, *, config, nets):
         images,
         noise_keys,
       )
+  if config.loss.gp_weight:
+    share_keys, augment_keys = split_keys(noise_keys, 2)
+
+    def discriminate(images):
+      return _discriminate(
+        networks.plain(nets.discriminator),
+        {**variables, **model_state},
+        [augment(augment_keys, images)],
+        labels,
+        d_keys,
+      )[0][0]
+
+    shares = jax.vmap(jax.random.uniform)(share_keys)
+    penalties["gp"] = losses.interpolate_penalty(
+      discriminate, real_images, fake_images, shares
+    )
+  if config.loss.drift_weight:
+    penalties["drift"] = losses.drift(real_logits)
   weights = {
     "bcr": config.loss.bcr_weight,
+    "gp": config.loss.gp_weight,
+    "drift": config.loss.drift_weight,
     "lecam": config.loss.lecam_weight,
     "r1": config.loss.r1_gamma,
     "r2": config.loss.r2_gamma,

@@ -77,6 +77,29 @@ def gradient_penalty(discriminate, images):
   return 0.5 * jnp.mean(jnp.sum(jnp.square(gradients), axis=(1, 2, 3)))
 
 
+def interpolate_penalty(discriminate, real_images, fake_images, shares):
+  """E (||grad_x D(x)|| - 1)^2 between images, WGAN-GP (Gulrajani et al. 2017).
+
+  Args:
+    discriminate: maps images [B, S, S, 3] to logits [B].
+    real_images: [B, S, S, 3].
+    fake_images: likewise.
+    shares: [B], of the real image in that where the slope is taken.
+  """
+  shares = shares[:, None, None, None]
+  images = shares * real_images + (1.0 - shares) * fake_images
+  gradients = jax.grad(lambda x: jnp.sum(discriminate(x)))(images)
+  squares = jnp.sum(jnp.square(gradients), axis=(1, 2, 3))
+  # The root has no slope at 0.
+  norms = jnp.sqrt(squares + 1e-12)
+  return jnp.mean(jnp.square(norms - 1.0))
+
+
+def drift(real_logits):
+  """(E D(x))^2, which holds Wasserstein's logits near 0, in TransGAN's form."""
+  return jnp.square(jnp.mean(real_logits))
+
+
 def approximate_gradient_penalty(discriminate, images, noise):
   """0.5 * mean ((D(x + s n) - D(x)) / s)^2, s = 0.01 (Hyun et al. 2025).
 

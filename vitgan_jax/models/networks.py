@@ -19,6 +19,8 @@ field `num_levels`, it gives so many levels of each image to train with,
 [B, S, S, 3 * levels], the image itself last. A discriminator with this field
 takes them, any other the last one; one level stands for all.
 
+A class with `takes_classes = False` is refused where there are classes.
+
 What a network keeps beside its parameters lies in variable collections, and is
 the training state's `model_state`. A discriminator may be given real and
 generated images in one call, one kind after the other: a layer that compares
@@ -87,6 +89,11 @@ GENERATORS = {
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
   ),
+  "transgan": Kind(
+    "vitgan_jax.models.transgan:Generator",
+    dict(width=1024, depths=(5, 4, 2), num_heads=4, latent_dim=256),
+    dict(width=64, depths=(1, 1, 1), num_heads=2, latent_dim=32),
+  ),
   "gat": Kind(
     "vitgan_jax.models.gat:Generator",
     dict(**_GAT, latent_dim=64),
@@ -111,6 +118,11 @@ DISCRIMINATORS = {
       position_scale=3.0,
     ),
     _SMALL,
+  ),
+  "transgan": Kind(
+    "vitgan_jax.models.transgan:Discriminator",
+    dict(width=384, depths=(3, 3, 1), num_heads=4),
+    dict(width=32, depths=(1, 1, 1), num_heads=2),
   ),
   "gat": Kind(
     "vitgan_jax.models.gat:Discriminator",
@@ -172,7 +184,15 @@ def check(config):
         f"({', '.join(different)}): --config=FILE.py:{network[0]}="
         f"{fields.kind} chooses it with them"
       )
-    kind.load().check(fields, config.data.image_size, f"config.{network}.")
+    network_class = kind.load()
+    network_class.check(fields, config.data.image_size, f"config.{network}.")
+    if config.data.num_classes and not getattr(
+      network_class, "takes_classes", True
+    ):
+      raise ConfigError(
+        f"config.{network}.kind={fields.kind!r} takes no classes: give "
+        "config.data.num_classes=0"
+      )
   levels = [config[network].get("num_levels", 1) for network in TABLES]
   if 1 not in levels and len(set(levels)) > 1:
     raise ConfigError(

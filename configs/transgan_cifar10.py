@@ -1,0 +1,28 @@
+"""TransGAN on CIFAR-10 at 32 x 32, as its authors released it.
+
+    python -m vitgan_jax.main --config=configs/transgan_cifar10.py
+
+WGAN-GP, four steps of the discriminator for one of the generator. They give the
+generator a batch of 128, twice the discriminator's; here both have 64.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+  """Returns the config; for `arg` see `common.apply_argument`."""
+  config = common.apply_argument(common.get_config(), "g=transgan,d=transgan")
+  config.batch_size = 64
+  config.d_steps = 4
+  config.loss.adversarial = "wasserstein"
+  config.loss.bcr_weight = 0.0
+  config.loss.gp_weight = 10.0
+  config.loss.drift_weight = 1e-3
+  config.augment.translation = 0.2
+  config.augment.scaling = 0.0
+  config.augment.probability = 1.0
+  for optimizer in (config.g_optimizer, config.d_optimizer):
+    optimizer.learning_rate = 1e-4
+    optimizer.clip_norm = 5.0
+  config.ema.ramp_up = 0.1
+  return common.apply_argument(config, arg)
