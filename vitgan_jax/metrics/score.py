@@ -146,9 +146,9 @@ if __name__ == "__main__":
     "Network of the metrics. FID is by inception; efficientnet needs no "
     "download.",
   )
-  flags.DEFINE_string(
+  cli.define_path(
     "inception_weights",
-    "",
+    None,
     "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
     "which it is downloaded.",
   )
