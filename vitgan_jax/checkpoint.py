@@ -19,6 +19,9 @@ from vitgan_jax.train_state import state_shapes
 
 _CHECKSUMS = "checksums.json"  # {file: SHA-256}, in the folder of a checkpoint
 
+# What Orbax raises for a checkpoint without them that is damaged.
+_UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError)
+
 
 class Run(NamedTuple):
   """A run that was opened.
@@ -201,7 +204,7 @@ def restore(manager, config, nets, mesh, step=None):
     with processes.raise_together():
       try:
         return manager.restore(step, args=arguments).state
-      except (KeyError, OSError, TypeError, ValueError) as error:
+      except _UNREADABLE as error:
         raise ConfigError(type(error).__name__) from error
   except ConfigError as error:  # Orbax lists both trees, over many lines
     if is_known:
@@ -222,7 +225,7 @@ def restore_data_state(manager, step):
   arguments = ocp.args.Composite(data=ocp.args.JsonRestore())
   try:
     return manager.restore(step, args=arguments).data
-  except (KeyError, OSError, ValueError) as error:
+  except _UNREADABLE as error:
     reason = "the place in the data cannot be read"
     raise _damaged(manager, step, reason) from error
 
@@ -263,7 +266,7 @@ def restore_last(manager, config, nets, mesh, set_aside=False):
     elif processes.is_primary():
       files.tell(f"Passed over: {error}")
   if errors and processes.is_primary():
-    files.tell(f"The last whole checkpoint is that of step {step}")
+    files.tell(f"Checkpoint {step} in {manager.directory} is taken instead")
   return state, data_state
 
 
