@@ -210,13 +210,21 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(damage, saved, tmp_path):
+  folder = tmp_path / "checkpoints" / "7"
+  shutil.copytree(saved[0] / "checkpoints" / "7", folder)
+  assert checkpoint.has_whole(tmp_path)
+  DAMAGES[damage](folder)
+  assert not checkpoint.has_whole(tmp_path)
+
+
 def test_damaged_checkpoint_is_set_aside_for_the_one_before(
-  damage, saved, tmp_path, capsys
+  saved, tmp_path, capsys
 ):
   files.tell.cache_clear()
   workdir = shutil.copytree(saved[0], tmp_path / "run")
   folder = workdir / "checkpoints"
-  DAMAGES[damage](folder / "7")
+  cut(folder / "7")
   before = runs.snapshot(folder / "7")
   with checkpoint.create_manager(workdir) as manager:
     arguments = (manager, CONFIG, NETS, mesh_of(8))

@@ -115,7 +115,7 @@ def savez(*args, **arrays):
     (
       "x/1.npz",
       {"1.npz": savez(mu=np.full(1, np.nan), sigma=np.eye(1))},
-      "fin",
+      "finite",
     ),
     ("x/1.txt", {"1.txt": b"text"}, "neither a folder nor"),
   ],
