@@ -52,10 +52,10 @@ def define_flags():
   config_flags.DEFINE_config_file(
     "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."
   )
-  flags.DEFINE_string(
+  cli.define_path(
     "sweep", None, "File of a sweep, e.g. configs/sweeps/seeds.py."
   )
-  flags.DEFINE_string(
+  cli.define_path(
     "workdir",
     None,
     "Folder of the run, or of a sweep's runs, a folder each; default "

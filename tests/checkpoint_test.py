@@ -1,12 +1,13 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from vitgan_jax import checkpoint, partitioning
+from tests import runs, tiny
+from vitgan_jax import checkpoint, files, partitioning
 from vitgan_jax import config as config_lib
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import GANState, create_train_state
@@ -171,3 +172,127 @@ def test_place_in_the_data_is_saved_beside_the_state(tmp_path):
     checkpoint.save(manager, random_state(3), data_state)
   with checkpoint.create_manager(tmp_path) as manager:
     assert checkpoint.restore_data_state(manager, 3) == data_state
+
+
+def largest(folder):
+  return max(
+    (path for path in folder.rglob("*") if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+
+
+def cut(folder):
+  content = largest(folder).read_bytes()
+  largest(folder).write_bytes(content[: len(content) // 2])
+
+
+def flip(path, place):
+  content = bytearray(path.read_bytes())
+  content[place % len(content)] ^= 1
+  path.write_bytes(content)
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+DAMAGES = {
+  "largest file cut": cut,
+  "bit flipped": lambda x: flip(largest(x), 12345),
+  "metadata emptied": lambda x: (x / "state" / "_METADATA").write_text(""),
+  "state missing": lambda x: shutil.rmtree(x / "state"),
+  "data missing": lambda x: shutil.rmtree(x / "data"),
+  "place in the data": lambda x: flip(x / "data" / "metadata", -2),
+  "checksums": lambda x: (x / "checksums.json").write_text("{"),
+  "empty folder": empty,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(damage, saved, tmp_path):
+  folder = tmp_path / "checkpoints" / "7"
+  shutil.copytree(saved[0] / "checkpoints" / "7", folder)
+  assert checkpoint.has_whole(tmp_path)
+  DAMAGES[damage](folder)
+  assert not checkpoint.has_whole(tmp_path)
+
+
+def test_damaged_checkpoint_is_set_aside_for_the_one_before(
+  saved, tmp_path, capsys
+):
+  files.tell.cache_clear()
+  workdir = shutil.copytree(saved[0], tmp_path / "run")
+  folder = workdir / "checkpoints"
+  cut(folder / "7")
+  before = runs.snapshot(folder / "7")
+  with checkpoint.create_manager(workdir) as manager:
+    arguments = (manager, CONFIG, NETS, mesh_of(8))
+    # Who only reads passes over it.
+    state, data_state = checkpoint.restore_last(*arguments)
+    tiny.assert_bit_equal(state, saved[1][3])
+    assert data_state == {"next_image": 24}
+    assert runs.snapshot(folder / "7") == before
+    assert "Passed over: checkpoint 7 in" in capsys.readouterr().err
+    state, _ = checkpoint.restore_last(*arguments, set_aside=True)
+    assert int(state.step) == 3
+    assert "Set aside as 7.damaged: checkpoint 7 in" in capsys.readouterr().err
+    assert manager.all_steps() == [3]
+    assert runs.snapshot(folder / "7.damaged") == before
+    # It can be written anew.
+    checkpoint.save(manager, saved[1][7], {"next_image": 56})
+    manager.wait_until_finished()
+    state, _ = checkpoint.restore_last(*arguments)
+  tiny.assert_bit_equal(state, saved[1][7])
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found(saved, tmp_path):
+  workdir = shutil.copytree(saved[0], tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / "3")
+  folder = workdir / "checkpoints" / "7"
+  assert checkpoint.has_whole(workdir)
+  rng = np.random.default_rng(0)
+  parts = [x for x in folder.rglob("*") if x.is_file() and x.parent != folder]
+  for path in [*parts, folder / "checksums.json"]:
+    content = path.read_bytes()
+    flip(path, rng.integers(len(content)))
+    assert not checkpoint.has_whole(workdir), path
+    path.write_bytes(content)
+  assert checkpoint.has_whole(workdir)
+
+
+def test_checkpoint_of_an_earlier_version_is_read_or_passed_over(
+  saved, tmp_path
+):
+  workdir = shutil.copytree(saved[0], tmp_path / "run")
+  folder = workdir / "checkpoints" / "7"
+  (folder / "checksums.json").unlink()
+  with checkpoint.create_manager(workdir) as manager:
+    arguments = (manager, CONFIG, NETS, mesh_of(8))
+    tiny.assert_bit_equal(checkpoint.restore_last(*arguments)[0], saved[1][7])
+    (folder / "state" / "_METADATA").write_text("")
+    tiny.assert_bit_equal(checkpoint.restore_last(*arguments)[0], saved[1][3])
+
+
+def test_no_whole_checkpoint_is_one_line_and_none_is_renamed(saved, tmp_path):
+  workdir = shutil.copytree(saved[0], tmp_path / "run")
+  for step in (3, 7):
+    cut(workdir / "checkpoints" / str(step))
+  before = runs.snapshot(workdir)
+  with checkpoint.create_manager(workdir) as manager:
+    with pytest.raises(config_lib.DamagedError) as error:
+      checkpoint.restore_last(manager, CONFIG, NETS, mesh_of(8), set_aside=True)
+  message = str(error.value)
+  assert "checkpoint 3" in message and "checkpoint 7" in message
+  assert "\n" not in message and runs.snapshot(workdir) == before
+
+
+def test_damaged_checkpoint_of_the_same_step_is_written_anew(saved, tmp_path):
+  workdir = shutil.copytree(saved[0], tmp_path / "run")
+  cut(workdir / "checkpoints" / "7")
+  with checkpoint.create_manager(workdir) as manager:
+    checkpoint.save(manager, saved[1][7], {"next_image": 56})
+    manager.wait_until_finished()
+    state = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
+  tiny.assert_bit_equal(state, saved[1][7])
+  assert (workdir / "checkpoints" / "7.damaged" / "state").is_dir()

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 
 from configs import digits
-from tests import monitor_test, networks, runs, tiny
+from tests import checkpoint_test, monitor_test, networks, runs, tiny
 from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
@@ -226,6 +226,39 @@ def test_watching_passes_over_what_the_run_deleted(workdir, monkeypatch):
   output = evaluate_quietly(workdir, "watch")
   assert "Step 4 was deleted" in output
   assert [r["step"] for r in evaluate.read_records(workdir)] == [8]
+
+
+def test_what_a_crash_left_of_files_is_passed_over(evaluated, tmp_path, capsys):
+  workdir = shutil.copytree(evaluated[0], tmp_path / "run")
+  line, _ = (workdir / "scores.jsonl").read_bytes().splitlines(True)
+  (workdir / "scores.jsonl").write_bytes(line + line[:-9])
+  checkpoint_test.cut(workdir / "checkpoints" / "8")
+  before = runs.snapshot(workdir / "checkpoints")
+  with pytest.raises(config_lib.DamagedError, match="checkpoint 8"):
+    evaluate_quietly(workdir, "8")
+  for which in ("all", "last"):
+    output = evaluate_quietly(workdir, which)
+    assert "Scores of step 4" in output
+  assert "Passed over: checkpoint 8" in capsys.readouterr().err
+  assert runs.snapshot(workdir / "checkpoints") == before
+  assert len(evaluate.read_records(workdir)) == 1  # it was not scored again
+
+
+def test_best_that_is_damaged_gives_way_to_the_next(digits_run, tmp_path):
+  def keep(record):
+    state = digits_run.state.replace(step=np.int32(record["step"]))
+    return evaluate.save_if_best(
+      tmp_path, record, digits_run.config, state, {"next_image": 0}
+    )
+
+  assert keep(record_of(5, 3.0))
+  checkpoint_test.cut(tmp_path / "best" / "checkpoints" / "5")
+  (tmp_path / "best" / "config.json").write_text("{")
+  with pytest.raises(config_lib.DamagedError, match="is damaged: it holds no"):
+    checkpoint.load_run(tmp_path / "best")
+  assert keep(record_of(6, 4.0))
+  run = checkpoint.load_run(tmp_path / "best")
+  assert int(run.state.step) == 6 and run.config == digits_run.config
 
 
 @pytest.mark.parametrize(

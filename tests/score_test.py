@@ -1,8 +1,10 @@
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from tests import datasets, networks, runs
 from tests.datasets import data_config, encode, noise
@@ -56,9 +58,31 @@ def test_grid_of_the_samples_and_hidden_files_are_left_out(tmp_path):
   np.testing.assert_array_equal(score.load_images(folder), images)
 
 
-def savez(**arrays):
+def test_images_are_known_by_their_content_whatever_their_names(tmp_path):
+  images = smooth(3, seed=0)
+  files = dict(zip(["a.jfif", "b", "c.bmp"], files_of(images).values()))
+  folder = datasets.write_folder(tmp_path / "x", files)
+  np.testing.assert_array_equal(score.load_images(folder), images)
+  # As the published samples of ADM, with a class each.
+  np.savez(tmp_path / "adm.npz", images, np.arange(3))
+  shutil.copy(tmp_path / "adm.npz", tmp_path / "adm.zip")
+  np.save(tmp_path / "one.npy", images)
+  for name in ("adm.npz", "adm.zip", "one.npy"):
+    loaded = score.load_images(tmp_path / name)
+    np.testing.assert_array_equal(loaded, images)
+
+
+def test_what_a_zip_holds_beside_images_is_named(tmp_path, capsys):
+  images = smooth(2, seed=0)
+  files = files_of(images) | {"LICENSE.txt": b"free"}
+  path = datasets.write_zip(tmp_path / "x.zip", files)
+  np.testing.assert_array_equal(score.load_images(path), images)
+  assert "1 no image (LICENSE.txt, ...)" in capsys.readouterr().err
+
+
+def savez(*args, **arrays):
   file = io.BytesIO()
-  np.savez(file, **arrays)
+  np.savez(file, *args, **arrays)
   return file.getvalue()
 
 
@@ -68,6 +92,8 @@ def savez(**arrays):
     ("missing", {}, "no folder or zip at"),
     ("x", {"readme.txt": b"text"} | files_of(smooth(2, 0)), "readme.txt"),
     ("x", {"sub/.keep": b""}, "no images in"),
+    ("x", {"grid.png": encode(noise(8, 8, 3))}, "beside grid.png"),
+    ("x", {"1.png": b"\x00", "2.bin": b"data"}, "2.bin, which is no image"),
     ("x", {"1.png": b"text"}, "1.png is no image"),
     (
       "x",
@@ -79,6 +105,18 @@ def savez(**arrays):
     ("x/1.npz", {"1.npz": savez(a=np.zeros((2, 8, 8, 3)))}, "float64"),
     ("x/1.npz", {"1.npz": savez(a=noise(2, 8, 8))}, "[N, H, W, 3]"),
     ("x/none.npz", {}, "one array"),
+    ("x/1.npz", {"1.npz": b""}, "one array of images, and does not open"),
+    ("x/1.npz", {"1.npz": savez(noise(9, 8, 8, 3))[:900]}, "does not open"),
+    ("x/1.npz", {"1.npz": savez(*noise(2, 2, 8, 8, 3))}, "arr_1 uint8"),
+    ("x/1.npz", {"1.npz": savez(noise(0, 8, 8, 3))}, "uint8 [0, 8, 8, 3]"),
+    ("x/1.npz", {"1.npz": savez()}, "it has no array"),
+    ("x/1.npz", {"1.npz": savez(np.array([None]))}, "does not open"),
+    ("x/1.npz", {"1.npz": savez(mu=np.ones(3), sigma=np.eye(2))}, "mu [F]"),
+    (
+      "x/1.npz",
+      {"1.npz": savez(mu=np.full(1, np.nan), sigma=np.eye(1))},
+      "finite",
+    ),
     ("x/1.txt", {"1.txt": b"text"}, "neither a folder nor"),
   ],
 )
@@ -127,6 +165,57 @@ def test_command_prints_a_table_or_json(tmp_path, monkeypatch):
   assert record["real"] == "images.npz" and record["num_fake"] == 1000
   assert record["network_sha256"] == "0" * 64
   assert f"{record['fd_tiny1k']:.5g}" in table
+
+
+def frechet(a, b):
+  """Returns the Fréchet distance of features [N, F], by a matrix root."""
+  mean = a.mean(0) - b.mean(0)
+  a, b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  return mean @ mean + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+
+
+@pytest.mark.parametrize(
+  "real, fake, name",
+  [
+    ("moments", "images", "fd_tiny1k"),
+    ("images", "moments", "fd_tiny"),
+    ("moments", "moments", "frechet_distance"),
+  ],
+)
+def test_mean_and_covariance_give_the_frechet_distance_alone(
+  real, fake, name, tmp_path, monkeypatch
+):
+  networks_asked_for = []
+
+  def load_network(name, weights):
+    networks_asked_for.append(name)
+    return networks.tiny()
+
+  monkeypatch.setattr(features, "load_network", load_network)
+  seen = []
+  for i, kind in enumerate((real, fake)):
+    images = smooth(1000, seed=i) // (i + 1)
+    seen.append(networks.features_of(images))
+    arrays = {"arr_0": images}
+    if kind == "moments":
+      mean, cov = seen[i].mean(0), np.cov(seen[i], rowvar=False)
+      arrays = {"mu": mean, "sigma": cov}
+    np.savez(tmp_path / f"{i}.npz", **arrays)
+  command = ("vitgan_jax.metrics.score", "0.npz", "1.npz")
+  code, output, errors = runs.call(*command, "--json", cwd=tmp_path)
+  assert code == 0, errors
+  record = json.loads(output)
+  np.testing.assert_allclose(record[name], frechet(*seen), rtol=1e-4)
+  assert not {k for k in record if k.startswith(("precision", "is", "kd"))}
+  _, table, _ = runs.call(*command, cwd=tmp_path)
+  assert name in table and "the Fréchet distance alone" in table
+  assert bool(networks_asked_for) == ("images" in (real, fake))
+
+
+def test_mean_and_covariance_of_another_network_are_refused(tmp_path):
+  moments = statistics.from_moments(np.zeros(2048), np.eye(2048))
+  with pytest.raises(config_lib.ConfigError, match="same network"):
+    score.score(moments, smooth(1000, seed=0), networks.tiny())
 
 
 @pytest.mark.parametrize("arguments", [[], ["one"], ["a", "b", "c"]])

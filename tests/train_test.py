@@ -10,8 +10,15 @@ from PIL import Image
 import pytest
 
 from configs import digits
-from tests import monitor_test, runs, tiny
-from vitgan_jax import checkpoint, partitioning, pictures, sample, train
+from tests import checkpoint_test, monitor_test, runs, tiny
+from vitgan_jax import (
+  checkpoint,
+  files,
+  partitioning,
+  pictures,
+  sample,
+  train,
+)
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
 from vitgan_jax.models import networks
@@ -226,6 +233,27 @@ def test_finished_run_is_left_as_it_is(digits_run, tmp_path):
     if path in before or not path.startswith("events.")
   }
   assert after == before
+
+
+def test_run_goes_on_from_what_a_crash_left_whole(digits_run, tmp_path, capsys):
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+  checkpoint_test.cut(workdir / "checkpoints" / "8")
+  for name in ("config.json", "metrics.jsonl"):
+    content = (workdir / name).read_bytes()
+    (workdir / name).write_bytes(content[:-20])
+  run = runs.train_quietly(digits.get_config("smoke"), workdir)
+  assert "Resuming at step 4" in run.output
+  tiny.assert_bit_equal(run.state, digits_run.state)
+  tiny.assert_bit_equal(restore(workdir, 8), digits_run.state)
+  assert (workdir / "checkpoints" / "8.damaged" / "state").is_dir()
+  assert config_lib.load(workdir) == digits_run.config
+  assert not config_lib.config_path(workdir).with_suffix(".partial").exists()
+  assert (workdir / "config.json.damaged").exists()
+  lines = files.read_records(workdir / "metrics.jsonl", "step")
+  assert [x["step"] for x in lines if "loss/d" in x][-2:] == [6, 8]
+  errors = capsys.readouterr().err.splitlines()
+  told = [x for x in errors if "damaged" in x or "midst of a line" in x]
+  assert len(told) == 4 and all(str(workdir) in line for line in told)
 
 
 def test_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(

@@ -6,6 +6,7 @@ from PIL import Image
 import pytest
 
 from tests import runs
+from vitgan_jax import config as config_lib
 from vitgan_jax import visualize
 from vitgan_jax.data import pipeline
 
@@ -112,7 +113,26 @@ def test_all_pictures_are_drawn_from_the_workdir_alone(
     assert np.asarray(Image.open(path)).std() > 0
 
 
+def test_best_which_has_no_log_gets_the_other_pictures(digits_run, tmp_path):
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "best")
+  (workdir / "metrics.jsonl").unlink()
+  shutil.rmtree(workdir / "checkpoints" / "8" / "data")  # 4 is taken
+  names = [path.name for path in visualize.draw(workdir)]
+  assert names == ["attention.png", "sigma.png"]
+
+
+def test_run_with_nothing_to_draw_is_an_error(digits_run, tmp_path):
+  config_lib.claim_workdir(digits_run.config, tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(config_lib.ConfigError, match="nothing to draw in"):
+    visualize.draw(tmp_path)
+  assert not (tmp_path / "curves.png").exists()
+
+
 def test_before_the_first_checkpoint_curves_are_drawn(digits_run, tmp_path):
   for name in ("config.json", "metrics.jsonl"):
     shutil.copy(digits_run.workdir / name, tmp_path)
+  (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 1, "loss')  # a torn line
   assert [path.name for path in visualize.draw(tmp_path)] == ["curves.png"]

@@ -1,15 +1,26 @@
-"""Orbax checkpoints of the whole training state and the place in the data."""
+"""Orbax checkpoints of the whole training state and the place in the data.
 
+Orbax and zarr let some flipped bits pass. So a checkpoint holds the checksums
+of its files, written before it gets its name: it never is without them.
+"""
+
+import itertools
+import json
 from typing import Any, NamedTuple
 
 from etils import epath
 import orbax.checkpoint as ocp
 
-from vitgan_jax import compilation, partitioning, processes
+from vitgan_jax import compilation, files, partitioning, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, DamagedError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
+
+_CHECKSUMS = "checksums.json"  # {file: SHA-256}, in the folder of a checkpoint
+
+# What Orbax raises for a checkpoint without them that is damaged.
+_UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
 class Run(NamedTuple):
@@ -19,7 +30,7 @@ class Run(NamedTuple):
     config: that made it.
     nets: its Networks.
     mesh: over the devices that the arrays are on.
-    state: GANState of its last checkpoint.
+    state: GANState of its last whole checkpoint.
   """
 
   config: Any
@@ -35,10 +46,16 @@ def create_manager(workdir, keep=None):
     workdir: the run's folder; checkpoints are in its `checkpoints`.
     keep: how many checkpoints to keep; None is all of them.
   """
-  return ocp.CheckpointManager(
+  manager = ocp.CheckpointManager(
     _directory(workdir),
-    options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      async_options=ocp.options.AsyncOptions(
+        post_finalization_callback=lambda: _write_checksums(manager)
+      ),
+    ),
   )
+  return manager
 
 
 def open_manager(workdir):
@@ -57,8 +74,14 @@ def _directory(workdir):
   return epath.Path(workdir).absolute() / "checkpoints"
 
 
+def _folder(manager, step):
+  return manager.directory / str(step)
+
+
 def save(manager, state, data_state):
   """Saves under the state's step; returns before it is on disk.
+
+  A damaged checkpoint of that step is set aside, a whole one kept.
 
   Args:
     manager: of `create_manager`.
@@ -66,14 +89,92 @@ def save(manager, state, data_state):
     data_state: of the stream of batches, a dict for JSON.
   """
   step = int(state.step)
-  if step not in manager.all_steps():
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-      ),
-      force=True,  # also a step that comes before one that is there
-    )
+  manager.wait_until_finished()  # as saving does: the step before is written
+  if step in manager.all_steps():
+    try:
+      return _check(manager, step)
+    except DamagedError as error:
+      _set_aside(manager, step, error)
+  manager.saved_step = step
+  manager.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+    ),
+    force=True,  # also a step that comes before one that is there
+  )
+
+
+def _write_checksums(manager):
+  """Writes those of the checkpoint that is about to get its name."""
+  if processes.is_primary():
+    folder = _folder(manager, manager.saved_step)  # where files are not renamed
+    temporary = folder.with_name(folder.name + ocp.utils.TMP_DIR_SUFFIX)
+    folder = temporary if temporary.exists() else folder
+    checksums = {
+      str((path / name).relative_to(folder)): files.sha256(path / name)
+      for path, _, names in folder.walk()
+      for name in names
+      if path != folder  # Orbax still writes there, what no reader needs
+    }
+    (folder / _CHECKSUMS).write_text(json.dumps(checksums))
+
+
+def has_whole(workdir):
+  """Tells whether a workdir has a checkpoint without a fault."""
+  found = _directory(workdir).glob("*")
+  return any(x.name.isdigit() and not _fault(x) for x in found)
+
+
+def _fault(folder):
+  """Returns what is wrong with the files of a checkpoint's folder, or None.
+
+  A checkpoint of an earlier version has no checksums, and seems whole.
+  """
+  name = _CHECKSUMS
+  try:
+    if not (folder / _CHECKSUMS).exists():
+      return None if (folder / "state").is_dir() else "it has no state"
+    for name, checksum in json.loads((folder / _CHECKSUMS).read_text()).items():
+      if files.sha256(folder / name) != checksum:
+        return f"{name} is not what was written"
+  except FileNotFoundError:
+    return f"{name} is missing"
+  except OSError as error:
+    return f"it cannot be read: {error.strerror or error}"
+  except (AttributeError, ValueError):
+    return f"{_CHECKSUMS} is not what was written"
+  return None
+
+
+def _check(manager, step):
+  """Raises a DamagedError in all processes if the first one sees a fault."""
+  found = _fault(_folder(manager, step)) if processes.is_primary() else None
+  if processes.broadcast_from_first(bool(found)):
+    raise _damaged(manager, step, found)
+
+
+def _damaged(manager, step, reason):
+  return DamagedError(
+    f"checkpoint {step} in {manager.directory} is damaged: {reason}"
+  )
+
+
+def _set_aside(manager, step, error):
+  """Renames a damaged checkpoint, so that none is taken for one."""
+  folder = _folder(manager, step)
+  with processes.raise_together():
+    if processes.is_primary():
+      names = (f"{step}.damaged{i or ''}" for i in itertools.count())
+      aside = next(x for x in map(folder.with_name, names) if not x.exists())
+      try:
+        folder.rename(aside)
+      except OSError as other:
+        raise ConfigError(
+          f"{error}, and cannot be renamed: {other.strerror or other}"
+        ) from other
+      files.tell(f"Set aside as {aside.name}: {error}")
+  manager.reload()
 
 
 def restore(manager, config, nets, mesh, step=None):
@@ -88,32 +189,89 @@ def restore(manager, config, nets, mesh, step=None):
 
   Raises:
     ConfigError: if there is no such checkpoint, or it is of another model.
+    DamagedError: if it is not what was written.
   """
   step = manager.latest_step() if step is None else step
   if step not in manager.all_steps():
     raise ConfigError(_missing(manager.directory, step))
+  _check(manager, step)
+  is_known = processes.broadcast_from_first(
+    (_folder(manager, step) / _CHECKSUMS).exists()
+  )
   abstract_state = state_shapes(config, nets, mesh)
+  arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
   try:
-    return manager.restore(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
-    ).state
-  except ValueError as error:  # Orbax lists both trees, over many lines
-    raise ConfigError(
-      f"checkpoint {step} in {manager.directory} holds another model than this "
-      "config describes: another config or version made it"
-    ) from error
+    with processes.raise_together():
+      try:
+        return manager.restore(step, args=arguments).state
+      except _UNREADABLE as error:
+        raise ConfigError(type(error).__name__) from error
+  except ConfigError as error:  # Orbax lists both trees, over many lines
+    if is_known:
+      raise ConfigError(
+        f"checkpoint {step} in {manager.directory} holds another model than "
+        "this config describes: another config or version made it"
+      ) from error
+    reason = "it does not read as one of this version"
+    raise _damaged(manager, step, reason) from error
 
 
 def restore_data_state(manager, step):
-  """Returns what `save` got as `data_state` at a step."""
-  return manager.restore(
-    step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
-  ).data
+  """Returns what `save` got as `data_state` at a step.
+
+  Raises:
+    DamagedError: if it cannot be read.
+  """
+  arguments = ocp.args.Composite(data=ocp.args.JsonRestore())
+  try:
+    return manager.restore(step, args=arguments).data
+  except _UNREADABLE as error:
+    reason = "the place in the data cannot be read"
+    raise _damaged(manager, step, reason) from error
+
+
+def restore_last(manager, config, nets, mesh, set_aside=False):
+  """Returns the GANState and the data state of the last whole checkpoint.
+
+  Args:
+    manager: of `create_manager`.
+    config: the config that made the run.
+    nets: its Networks.
+    mesh: of the devices that the arrays go to, not only that of the run.
+    set_aside: whether to rename the damaged ones that come after it; else
+      they are told of alone.
+
+  Raises:
+    ConfigError: if there is no checkpoint, or it is of another model.
+    DamagedError: if none is whole; all stay where they are.
+  """
+  errors = {}
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      state = restore(manager, config, nets, mesh, step)
+      data_state = restore_data_state(manager, step)
+      break
+    except DamagedError as error:
+      errors[step] = error
+  else:
+    if not errors:
+      raise ConfigError(_missing(manager.directory))
+    raise DamagedError(
+      f"no checkpoint is whole: {'; '.join(map(str, errors.values()))}. Give "
+      "another --workdir, or delete these to train anew"
+    )
+  for damaged, error in errors.items():
+    if set_aside:
+      _set_aside(manager, damaged, error)
+    elif processes.is_primary():
+      files.tell(f"Passed over: {error}")
+  if errors and processes.is_primary():
+    files.tell(f"Checkpoint {step} in {manager.directory} is taken instead")
+  return state, data_state
 
 
 def load_run(workdir, devices=None):
-  """Loads a workdir's last checkpoint; writes nothing into it.
+  """Loads a workdir's last whole checkpoint; writes nothing into it.
 
   What is compiled from here on is kept where the run's config says.
 
@@ -133,7 +291,7 @@ def load_run(workdir, devices=None):
   nets = networks.build(config)
   mesh = partitioning.create_mesh(devices)
   with open_manager(workdir) as manager:
-    state = restore(manager, config, nets, mesh)
+    state, _ = restore_last(manager, config, nets, mesh)
   return Run(config, nets, mesh, state)
 
 

@@ -7,6 +7,7 @@ import sys
 
 from absl import app, flags, logging
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 
 # How a command ends, beside 0; what restarts runs goes by these. A failure
@@ -57,8 +58,30 @@ def config_stem(path):
   return "-".join([pathlib.Path(file).stem, *argument])
 
 
+class _PathParser(flags.ArgumentParser):
+  syntactic_help = "a path; ~ is the home folder"
+
+  def parse(self, argument):
+    return files.expand(argument)
+
+  def flag_type(self):
+    return "path"
+
+
+def define_path(name, default, text):
+  """Defines a flag of a path, which is expanded and not empty."""
+  serializer = flags.ArgumentSerializer()
+  return flags.DEFINE(_PathParser(), name, default, text, serializer=serializer)
+
+
 def _parse_flags(argv):
   try:
+    # Of ml_collections, whose parser leaves "~" as it is.
+    config = re.compile("(--?config=)(~.*)", re.DOTALL)
+    argv = [
+      found[1] + files.expand(found[2]) if (found := config.fullmatch(x)) else x
+      for x in argv
+    ]
     arguments = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a file that does not load is reported here

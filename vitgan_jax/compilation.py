@@ -1,10 +1,12 @@
 """Compiled programs that are kept on the disk, for the next start."""
 
 import os
-import sys
 
 from etils import epath
 import jax
+
+from vitgan_jax import files
+from vitgan_jax.config import ConfigError
 
 _MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
 
@@ -22,19 +24,17 @@ def use_cache(folder):
   """
   if not folder or jax.config.jax_compilation_cache_dir:
     return
-  path = epath.Path(folder).expanduser()
-  probe = path / f"writable{os.getpid()}"
   try:
+    path = epath.Path(files.expand(folder))
+    probe = path / f"writable{os.getpid()}"
     path.mkdir(parents=True, exist_ok=True)
     # JAX would warn of each program, and of a file in its place with a trace.
     probe.touch()
     probe.unlink(missing_ok=True)  # of a process of another host, it may be
-  except OSError as error:
-    print(
+  except (OSError, ConfigError) as error:
+    files.tell(
       f"Compiled programs are not kept: config.compilation_cache={folder}: "
-      f"{error.strerror or error}",
-      file=sys.stderr,
-      flush=True,
+      f"{getattr(error, 'strerror', None) or error}"
     )
     return
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))

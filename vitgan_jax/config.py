@@ -96,6 +96,10 @@ class ConfigError(ValueError):
   """Something that the user can put right; shown as one line."""
 
 
+class DamagedError(ConfigError):
+  """A file is not what was written."""
+
+
 def check_fields(
   values, where, *, choices=None, positive=(), not_negative=(), shares=()
 ):
@@ -200,7 +204,8 @@ def load(workdir):
   """Returns the config that made a workdir.
 
   Raises:
-    ConfigError: if the folder has none, or none that can be read.
+    ConfigError: if the folder has none, or one of another version.
+    DamagedError: if it has one that cannot be read.
   """
   from vitgan_jax.models import networks  # it imports this module
 
@@ -215,7 +220,10 @@ def load(workdir):
   except ValueError:
     values = None
   if not isinstance(values, dict):
-    raise ConfigError(f"{path} is damaged: it holds no config")
+    raise DamagedError(
+      f"{path} is damaged: it holds no config. To resume the run, with its own "
+      "--config, writes it anew"
+    )
   config = ml_collections.ConfigDict(values).lock()
   fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
   for name in _OPTIMIZERS:
@@ -248,23 +256,33 @@ def _with_tuples(values):
 def claim_workdir(config, workdir):
   """Writes the config into a new workdir, or checks it against the one there.
 
+  One that is damaged cannot be compared: it is set aside.
+
   Raises:
     ConfigError: if another config made the workdir, where nothing is written
       then, or if it cannot be written into.
   """
+  from vitgan_jax import files  # it imports this module
+
   path = config_path(workdir)
-  if path.exists():
-    old, new = flatten(load(workdir)), flatten(config)
-    differences = [
-      f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
-      for field in sorted(old.keys() | new.keys())
-      if old.get(field) != new.get(field) and field not in _MAY_CHANGE
-    ]
-    if differences:
-      raise ConfigError(
-        f"{workdir} was made by another config: {'; '.join(differences)}. "
-        "Choose another --workdir, or give the old values to resume"
-      )
+  new = flatten(config)
+  try:
+    old = flatten(load(workdir)) if path.exists() else new
+  except DamagedError:
+    old = new
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    files.tell(f"{path} is damaged: set aside as {aside.name}, written anew")
+  differences = [
+    f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field) and field not in _MAY_CHANGE
+  ]
+  if differences:
+    raise ConfigError(
+      f"{workdir} was made by another config: {'; '.join(differences)}. "
+      "Choose another --workdir, or give the old values to resume"
+    )
   partial = path.with_suffix(".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

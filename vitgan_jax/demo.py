@@ -199,7 +199,7 @@ def _import_gradio(folder):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
+  cli.define_path("workdir", "runs/digits", "Folder of the run.")
   flags.DEFINE_string(
     "host",
     "127.0.0.1",

@@ -1,6 +1,5 @@
 """Scores the checkpoints of a run, and keeps the best."""
 
-import json
 import time
 
 from etils import epath
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from vitgan_jax import (
   checkpoint,
   compilation,
+  files,
   partitioning,
   pictures,
   processes,
@@ -22,6 +22,7 @@ from vitgan_jax.metrics import compute, features, neighbours, reference
 from vitgan_jax.models import networks
 
 _POLL_SECONDS = 10.0
+_SCORES = "scores.jsonl"
 _NUM_ROWS = 12  # samples on the picture of their nearest real images
 _NUM_NEIGHBOURS = 7  # real images beside each
 
@@ -144,16 +145,16 @@ class Evaluator:
 
 def read_records(workdir):
   """Returns the records in scores.jsonl of a workdir, oldest first."""
-  path = epath.Path(workdir) / "scores.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines]
+  path = epath.Path(workdir) / _SCORES
+  return files.read_records(path, "step", "scores", "protocol")
 
 
 def save_if_best(workdir, record, config, state, data_state):
   """Adds a record to scores.jsonl, and keeps the state if it is the best.
 
   It is if its first score, the Fréchet distance, is the lowest of those by the
-  same protocol. It is kept in the folder `best`, which is itself a workdir.
+  same protocol, or the one that was kept is damaged. It is kept in the folder
+  `best`, which is itself a workdir.
 
   Args:
     workdir: of the run.
@@ -170,8 +171,8 @@ def save_if_best(workdir, record, config, state, data_state):
   with processes.raise_together():
     if processes.is_primary():
       first = next(iter(record["scores"]))
-      is_best = all(
-        record["scores"][first] < other["scores"][first]
+      is_best = not checkpoint.has_whole(best) or all(
+        record["scores"][first] < other["scores"].get(first, np.inf)
         for other in read_records(workdir)
         if other["protocol"] == record["protocol"]
       )
@@ -187,8 +188,7 @@ def save_if_best(workdir, record, config, state, data_state):
           manager.delete(step)
   if processes.is_primary():
     # Last: what is recorded is not scored, nor kept, again.
-    with (epath.Path(workdir) / "scores.jsonl").open("a") as file:
-      file.write(json.dumps(record) + "\n")
+    files.append_record(epath.Path(workdir) / _SCORES, record)
   return is_best
 
 
@@ -247,12 +247,23 @@ def evaluate(
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
       try:
-        state = checkpoint.restore(manager, config, nets, mesh, step)
-        data_state = checkpoint.restore_data_state(manager, step)
-      except (OSError, config_lib.ConfigError):
-        if which != "watch" or step in manager.all_steps(read=True):
+        if step is None:
+          state, data_state = checkpoint.restore_last(
+            manager, config, nets, mesh
+          )
+          step = int(state.step)
+        else:
+          state = checkpoint.restore(manager, config, nets, mesh, step)
+          data_state = checkpoint.restore_data_state(manager, step)
+      except (OSError, config_lib.ConfigError) as error:
+        if which == "watch" and step not in manager.all_steps(read=True):
+          print(f"Step {step} was deleted before it was scored", flush=True)
+        elif which in ("all", "watch") and isinstance(
+          error, config_lib.DamagedError
+        ):
+          files.tell(f"Passed over: {error}")
+        else:
           raise
-        print(f"Step {step} was deleted before it was scored", flush=True)
         continue
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
@@ -283,7 +294,7 @@ def evaluate(
 def _steps(manager, which, total_steps):
   """Yields the steps to score."""
   if which == "last":
-    yield manager.latest_step()
+    yield None  # the last that is whole
   elif which == "all":
     yield from sorted(manager.all_steps())
   elif which == "watch":

@@ -130,5 +130,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
+  cli.define_path("workdir", "runs/digits", "Folder of the run.")
   cli.run(main)

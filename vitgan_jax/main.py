@@ -34,7 +34,7 @@ from vitgan_jax.config import MACHINE_FIELDS, ConfigError
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path(
   "workdir", None, "Folder of the run; default runs/<config name>."
 )
 _MODE = flags.DEFINE_enum(
@@ -71,9 +71,9 @@ _FEATURES = flags.DEFINE_enum(
   "Network of the metrics, with --mode=evaluate; default the config's. FID is "
   "by inception; efficientnet needs no download.",
 )
-_INCEPTION_WEIGHTS = flags.DEFINE_string(
+_INCEPTION_WEIGHTS = cli.define_path(
   "inception_weights",
-  "",
+  None,
   "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
   "which it is downloaded.",
 )
@@ -94,7 +94,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Which of them this is, from 0."
 )
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = cli.define_path(
   "output", None, "New folder for them; default <workdir>/samples_seed<seed>."
 )
 

@@ -1,7 +1,6 @@
 """What a training run shows: progress line, scalars, sample grids."""
 
 import datetime
-import json
 import time
 
 from etils import epath
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from vitgan_jax import config as config_lib
-from vitgan_jax import pictures, processes, visualize
+from vitgan_jax import files, pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 from vitgan_jax.events import EventWriter
@@ -108,8 +107,9 @@ class MetricWriter:
     """Writes a dict of scalars and a dict of images, uint8 [H, W, 3]."""
     if self._writer:
       self._writer.write(step, scalars, images or {})
-      with (self._workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, **scalars}) + "\n")
+      files.append_record(
+        self._workdir / "metrics.jsonl", {"step": step, **scalars}
+      )
 
   def __enter__(self):
     return self

@@ -12,7 +12,7 @@ from etils import epath
 from IPython import display
 from PIL import Image
 
-from vitgan_jax import pictures
+from vitgan_jax import files, pictures
 from vitgan_jax.config import ConfigError
 
 _NUM_LINES = 3  # of the command's output, below the grid
@@ -43,7 +43,7 @@ def train(config, workdir, *flags):
   grid.display(display.Pretty(""))
   text.display(display.Pretty("Starting"))
   lines = collections.deque(maxlen=_NUM_LINES)
-  newest, shown = epath.Path(workdir) / "grid.png", None
+  newest, shown = epath.Path(files.expand(workdir)) / "grid.png", None
   with subprocess.Popen(
     command + flags,
     stdout=subprocess.PIPE,

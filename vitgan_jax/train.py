@@ -88,10 +88,10 @@ def train_and_evaluate(config, workdir):
       state = init_train_state(config, nets, mesh)
       first_step = 0
     else:
-      first_step = batches.step_of(
-        checkpoint.restore_data_state(manager, manager.latest_step())
+      state, data_state = checkpoint.restore_last(
+        manager, config, nets, mesh, set_aside=True
       )
-      state = checkpoint.restore(manager, config, nets, mesh)
+      first_step = batches.step_of(data_state)
     if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
       print("Computed by", "; ".join(implementations), flush=True)

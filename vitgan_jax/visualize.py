@@ -7,7 +7,6 @@ and sigma.png of the last one.
 """
 
 import collections
-import json
 
 from absl import flags
 from etils import epath
@@ -16,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from vitgan_jax import cli, pictures
+from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
 
 NUM_ROWS = 8  # images on a picture of attention maps
@@ -47,7 +46,10 @@ _COLUMNS = 4
 
 
 def draw_curves(workdir):
-  """Draws `metrics.jsonl` of a workdir into `curves.png`; returns its path.
+  """Draws `metrics.jsonl` of a workdir into `curves.png`.
+
+  Returns:
+    Its path; None where nothing was logged.
 
   Raises:
     ConfigError: if the folder is not a workdir.
@@ -55,12 +57,13 @@ def draw_curves(workdir):
   workdir = epath.Path(workdir)
   images_per_step = config_lib.images_per_step(config_lib.load(workdir))
   curves = collections.defaultdict(dict)
-  for line in (workdir / "metrics.jsonl").read_text().splitlines():
-    scalars = json.loads(line)
+  for scalars in files.read_records(workdir / "metrics.jsonl", "step"):
     kimg = scalars.pop("step") * images_per_step / 1000
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
+  if not curves:
+    return None
   rows = -(-len(_PANELS) // _COLUMNS)
   figure = Figure(figsize=(14, 3 * rows))
   axes = figure.subplots(rows, _COLUMNS).flat
@@ -184,15 +187,22 @@ def draw_discriminator(workdir):
 def draw(workdir):
   """Draws all pictures of a workdir; returns their paths.
 
-  Before the first checkpoint these are the curves alone.
+  Before the first checkpoint these are the curves alone; of `best`, which has
+  no log, all but the curves.
 
   Raises:
-    ConfigError: if the folder is not a workdir.
+    ConfigError: if the folder is not a workdir, or has nothing to draw.
   """
-  paths = [draw_curves(workdir)]
-  if (epath.Path(workdir) / "checkpoints").exists():
-    paths += draw_discriminator(workdir)
-  return paths
+  curves = draw_curves(workdir)
+  checkpoints = (epath.Path(workdir) / "checkpoints").glob("*")
+  if any(path.name.isdigit() for path in checkpoints):
+    return [curves] * bool(curves) + draw_discriminator(workdir)
+  if not curves:
+    raise config_lib.ConfigError(
+      f"there is nothing to draw in {workdir} yet: nothing was logged, and no "
+      "checkpoint saved"
+    )
+  return [curves]
 
 
 def main(arguments):
@@ -203,5 +213,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", "runs/digits", "Folder of the run.")
+  cli.define_path("workdir", "runs/digits", "Folder of the run.")
   cli.run(main)

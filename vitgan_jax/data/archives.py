@@ -15,6 +15,7 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import decode
 
@@ -54,7 +55,7 @@ def open_archive(path):
 
 
 def _existing(path):
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(files.expand(path))
   if not path.exists():
     raise ConfigError(
       f"no folder or zip at {path}; give its path as config.data.path"
@@ -116,15 +117,9 @@ def _digest(entries):
   return hashlib.sha256(text).hexdigest()[:12]
 
 
-def sha256(path):
-  """Returns the SHA-256 of a file, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256(path):
   try:
-    return sha256(path)
+    return files.sha256(path)
   except OSError:  # it will be named as a corrupt image
     return ""
 

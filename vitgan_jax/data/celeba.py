@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, source
 from vitgan_jax.data.paths import manual_dir
@@ -28,7 +29,7 @@ _FILES = (
 
 def zip_path(data):
   """Returns where the zip of a config's `data` is or would be."""
-  return pathlib.Path(data.path or manual_dir(data) / ZIP).expanduser()
+  return pathlib.Path(files.expand(data.path or manual_dir(data) / ZIP))
 
 
 def advice(data):

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, source
 from vitgan_jax.data.paths import data_dir, manual_dir, not_downloaded
@@ -95,7 +96,7 @@ def _find(data, published_name):
 
 def _folder_of(data, path):
   """Returns the folder with data.mdb of an LSUN folder or zip."""
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(files.expand(path))
   if path.is_dir():
     found = sorted(path.rglob("data.mdb"))
     if len(found) == 1:

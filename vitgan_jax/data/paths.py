@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 
 
@@ -12,14 +13,16 @@ def data_dir(data):
   Raises:
     ConfigError: if it is not a path of this machine.
   """
-  default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  folder = data.data_dir or default
+  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  folder = files.expand(
+    data.data_dir or default, "a folder as config.data.data_dir"
+  )
   if "://" in folder:
     raise ConfigError(
       f"config.data.data_dir={folder!r}: images are memory-mapped from a local "
       "disk; copy the dataset to one and give its folder"
     )
-  return pathlib.Path(folder).expanduser()
+  return pathlib.Path(folder)
 
 
 def manual_dir(data):

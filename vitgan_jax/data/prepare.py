@@ -20,7 +20,7 @@ from ml_collections import config_flags
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import cli, pictures
+from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, shards, sources
@@ -216,7 +216,7 @@ def verify(path):
   """
   for shard in tqdm(read_card(path)["shards"], "Verifying", unit=" shards"):
     file = path / shard["file"]
-    if not file.exists() or archives.sha256(file) != shard["sha256"]:
+    if not file.exists() or files.sha256(file) != shard["sha256"]:
       raise damaged(path, shard["file"])
 
 
@@ -245,7 +245,7 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", None, "Config file, e.g. configs/celeba64.py."
   )
-  flags.DEFINE_string(
+  cli.define_path(
     "data_dir", None, "Where datasets live; default config.data.data_dir."
   )
   cli.run(main)

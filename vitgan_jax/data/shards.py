@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import decode
-from vitgan_jax.data.archives import sha256
 from vitgan_jax.data.source import count
+from vitgan_jax.files import sha256
 
 MAX_CORRUPT_SHARE = 0.01  # of the images; more of them is an error
 

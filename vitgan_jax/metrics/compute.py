@@ -30,11 +30,10 @@ def scores(network, real, fake, long=False):
   Raises:
     ConfigError: if there are too few images.
   """
-  network = network.split("-")[0]
   count = count_name(len(fake.features))
-  is_inception = network == "inception"
-  infix = "" if is_inception else f"_{network}"
-  frechet = ("fid" if is_inception else "fd") + infix
+  frechet = frechet_name(network)
+  is_inception = frechet == "fid"
+  infix = frechet.removeprefix("fid").removeprefix("fd")
   kernel = ("kid" if is_inception else "kd") + infix
   moments = statistics.from_features(fake.features)
   distance = fid.frechet_distance(real.statistics, moments)
@@ -52,6 +51,13 @@ def scores(network, real, fake, long=False):
   values |= {f"{kernel}{count}": mean, f"{kernel}{count}_std": deviation}
   manifolds = precision_recall.precision_recall(real.features, fake.features)
   return values | {f"{k}{infix}{count}": v for k, v in manifolds.items()}
+
+
+def frechet_name(network, count=None):
+  """Returns "fid50k" of Inception, "fd_efficientnet50k" of another network."""
+  network = network.split("-")[0]
+  name = "fid" if network == "inception" else f"fd_{network}"
+  return name if count is None else name + count_name(count)
 
 
 def count_name(count):

@@ -1,6 +1,5 @@
 """What the pretrained networks of the metrics share."""
 
-import hashlib
 from typing import Any, NamedTuple
 
 from jax import lax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.config import ConfigError
+from vitgan_jax.files import sha256
 
 BATCH_NORM_EPSILON = 1e-3
 
@@ -38,28 +38,27 @@ class FeatureNetwork(NamedTuple):
   apply: Any
 
 
-def verify(path, sha256, remedy):
+def verify(path, expected, remedy):
   """Checks that a file is the one that everybody uses.
 
   Args:
     path: the file.
-    sha256: what its checksum must be.
+    expected: what its SHA-256 must be.
     remedy: what the user can do if it is not, the end of the message.
 
   Raises:
     ConfigError: if the file is missing, unreadable or another one.
   """
   try:
-    with open(path, "rb") as file:
-      found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
   except OSError as error:
     raise ConfigError(
       f"cannot read the weights {path}: {error.strerror}. {remedy}"
     ) from error
-  if found != sha256:
+  if found != expected:
     raise ConfigError(
       f"{path} holds other weights: its sha256 is {found} and must be "
-      f"{sha256}. {remedy}"
+      f"{expected}. {remedy}"
     )
 
 

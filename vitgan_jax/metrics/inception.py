@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import feature_network, torch_files
 
@@ -42,7 +43,8 @@ def load(path=""):
   """
   remedy = f"Fetch {URL} and give its path as --inception_weights=FILE"
   if not path:
-    path = pathlib.Path("~/.cache/vitgan_jax").expanduser() / URL.split("/")[-1]
+    folder = files.expand("~/.cache/vitgan_jax", "--inception_weights=FILE")
+    path = pathlib.Path(folder) / URL.split("/")[-1]
     if not path.exists():
       _download(path, remedy)
   feature_network.verify(path, SHA256, remedy)

@@ -3,41 +3,54 @@ r"""Scores one set of images against another.
   python -m vitgan_jax.metrics.score REAL FAKE
   python -m vitgan_jax.metrics.score real.npz samples/ --features=efficientnet
 
-Each is a folder or zip of PNG, JPEG or WebP images of one size, an .npz file
-with one array uint8 [N, H, W, 3], or a folder that
+Each is a folder or zip of images of one size, an .npz or .npy file with one
+array uint8 [N, H, W, 3], beside labels or not, or a folder that
 `python -m vitgan_jax.data.prepare` made. All metrics are printed, with FAKE as
 the generated images; the Fréchet and kernel distances do not depend on which
-is which.
+is which. Of an .npz file with `mu` and `sigma` it is the Fréchet distance.
 """
 
 import json
 import pathlib
+import zipfile
 
 from absl import flags
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import cli, partitioning
+from vitgan_jax import cli, files, partitioning
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, pipeline
-from vitgan_jax.metrics import compute, features, reference
+from vitgan_jax.metrics import compute, features, fid, reference, statistics
 
 
 def load_images(path):
   """Returns the images of a path, uint8 [N, H, W, 3].
 
+  Returns `Statistics` for an .npz file that has no images, but `mu` and
+  `sigma`, the mean [F] and the covariance [F, F] of features, as pytorch-fid
+  and the evaluation of ADM (Dhariwal and Nichol 2021) keep them.
+
   Raises:
     ConfigError: if they are not images, or not of one size.
   """
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(files.expand(path))
   if (path / "card.json").exists():
     return pipeline.PreparedImages(path)
-  if path.suffix == ".npz":
-    return _load_npz(path)
-  if path.is_dir():
-    _check_files(path)
+  if path.suffix == ".npz" or _has_arrays(path):
+    return _load_arrays(path)
   archive = archives.open_archive(path)
-  images, first = None, None
+  archive.class_labels()  # it takes dataset.json from what is no image
+  for kind, names in archive.unused.items():
+    if kind == "no image" and path.is_dir() and names:
+      raise ConfigError(
+        f"{path} holds {archives.shown(names[0])}, which is no image: a folder "
+        "to be scored has images alone"
+      )
+    if kind != "hidden" and names:
+      first = archives.shown(names[0])
+      files.tell(f"Not used of {path}: {len(names):,} {kind} ({first}, ...)")
+  images, first, count = None, None, 0
   for i, name in enumerate(tqdm(archive.names, f"Reading {path}")):
     if pathlib.PurePosixPath(name).name == "grid.png":
       continue  # of `--mode=sample`, beside the samples
@@ -47,7 +60,7 @@ def load_images(path):
       raise ConfigError(f"{path}: {name} is no image: {error}") from error
     if images is None:
       images = np.empty((len(archive.names), *image.shape), np.uint8)
-      first, count = name, 0
+      first = name
     if image.shape != images.shape[1:]:
       raise ConfigError(
         f"{path} has images of several sizes: {first} has "
@@ -56,61 +69,101 @@ def load_images(path):
       )
     images[count] = image
     count += 1
+  if not count:
+    raise ConfigError(f"no images in {path}, beside grid.png")
   return images[:count]
 
 
-def _check_files(path):
-  """Raises a ConfigError if a folder holds other files than images."""
-  for file in sorted(path.rglob("*")):
-    hidden = file.name.startswith(".")
-    if (
-      file.is_file()
-      and not hidden
-      and (file.suffix.lower() not in archives.SUFFIXES)
-    ):
-      raise ConfigError(
-        f"{path} holds {file.relative_to(path)}, which is no image: a folder "
-        f"to be scored has {', '.join(archives.SUFFIXES)} files alone"
-      )
+def _has_arrays(path):
+  """Tells whether a file is NumPy's, whatever its name."""
+  if not path.is_file():
+    return False
+  with open(path, "rb") as file:
+    is_array = file.read(6) == b"\x93NUMPY"
+  if is_array or not zipfile.is_zipfile(path):
+    return is_array
+  with zipfile.ZipFile(path) as archive:
+    return any(name.endswith(".npy") for name in archive.namelist())
 
 
-def _load_npz(path):
+def _load_arrays(path):
+  """Returns the images or the `Statistics` of an .npz or .npy file."""
   try:
-    with np.load(path) as arrays:
-      (images,) = arrays.values()
-  except (OSError, ValueError) as error:
+    with open(path, "rb") as file:
+      loaded = np.load(file)
+      if isinstance(loaded, np.ndarray):
+        loaded = {path.name: loaded}
+      arrays = {k: v for k, v in loaded.items() if isinstance(v, np.ndarray)}
+  except Exception as error:  # many kinds for a damaged one
     raise ConfigError(
-      f"{path} must be an .npz file with one array: {error}"
+      f"{path} must be an .npz file with one array of images, and does not "
+      f"open: {' '.join(str(error).split())}"
     ) from error
-  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-    raise ConfigError(
-      f"{path} holds {images.dtype} {list(images.shape)}; images must be "
-      "uint8 [N, H, W, 3]"
-    )
-  return images
+  found = [x for x in arrays.values() if _is_images(x)]
+  if len(found) == 1:  # beside labels, for one
+    return found[0]
+  mean, cov = arrays.get("mu"), arrays.get("sigma")
+  if mean is not None and cov is not None:
+    if mean.ndim == 1 and cov.shape == 2 * mean.shape:
+      mean, cov = np.float64(mean), np.float64(cov)
+      if np.isfinite(mean).all() and np.isfinite(cov).all():
+        return statistics.from_moments(mean, cov)
+  shapes = [f"{k} {v.dtype} {list(v.shape)}" for k, v in arrays.items()]
+  raise ConfigError(
+    f"{path} must be an .npz file with one array of images, uint8 "
+    "[N, H, W, 3], or with mu [F] and sigma [F, F], finite; it has "
+    f"{', '.join(shapes) or 'no array'}"
+  )
 
 
-def score(real_images, fake_images, network):
+def _is_images(array):
+  return (
+    array.dtype == np.uint8
+    and array.ndim == 4
+    and array.shape[3] == 3
+    and array.size > 0
+  )
+
+
+def score(real, fake, network):
   """Returns all metrics of images, a dict; see `compute.scores`.
 
+  Of `Statistics` it is the Fréchet distance alone.
+
   Args:
-    real_images: uint8 [N, H, W, 3].
-    fake_images: uint8 [M, H, W, 3].
-    network: FeatureNetwork.
+    real: uint8 [N, H, W, 3], or Statistics.
+    fake: uint8 [M, H, W, 3], or Statistics.
+    network: FeatureNetwork; None will do for two Statistics.
 
   Raises:
     ConfigError: if there are too few images.
   """
+  if network is None:
+    return {"frechet_distance": fid.frechet_distance(real, fake)}
   extractor = features.Extractor(network, partitioning.create_mesh())
-  real = reference.compute(extractor, real_images, len(real_images))
-  progress = tqdm(
-    features.of_images(extractor, fake_images, len(fake_images)),
-    "Features of the generated images",
-    total=-(-len(fake_images) // extractor.batch_size),
-    unit=" batches",
-  )
-  fake = features.concatenate(progress)
-  return compute.scores(network.name, real, fake, long=True)
+  moments_of_real, moments_of_fake = map(_is_statistics, (real, fake))
+  if not moments_of_real:
+    real = reference.compute(extractor, real, len(real))
+  if not moments_of_fake:
+    progress = tqdm(
+      features.of_images(extractor, fake, len(fake)),
+      "Features of the generated images",
+      total=-(-len(fake) // extractor.batch_size),
+      unit=" batches",
+    )
+    fake = features.concatenate(progress)
+  if moments_of_real:
+    count, fake = len(fake.features), statistics.from_features(fake.features)
+  elif moments_of_fake:
+    count, real = None, real.statistics
+  else:
+    return compute.scores(network.name, real, fake, long=True)
+  name = compute.frechet_name(network.name, count)
+  return {name: fid.frechet_distance(real, fake)}
+
+
+def _is_statistics(x):
+  return isinstance(x, statistics.Statistics)
 
 
 def main(arguments):
@@ -120,22 +173,32 @@ def main(arguments):
       "usage: python -m vitgan_jax.metrics.score REAL FAKE [--features=...] "
       "[--inception_weights=FILE] [--json]; see --help"
     )
-  network = features.load_network(
-    flags.FLAGS.features, flags.FLAGS.inception_weights
-  )
-  real, fake = map(load_images, arguments)
-  results = score(real, fake, network)
+  sets = list(map(load_images, arguments))  # wrong ones need no weights
+  network = None
+  if not all(map(_is_statistics, sets)):
+    network = features.load_network(
+      flags.FLAGS.features, flags.FLAGS.inception_weights
+    )
+  results = score(*sets, network)
+  num_real, num_fake = (None if _is_statistics(x) else len(x) for x in sets)
+  name = network.name if network else "an unknown network"
   if flags.FLAGS.json:
-    sources = {"real": arguments[0], "fake": arguments[1]}
-    counts = {"num_real": len(real), "num_fake": len(fake)}
-    protocol = {"network": network.name, "network_sha256": network.sha256}
-    print(json.dumps(results | sources | counts | protocol))
+    results |= {"real": arguments[0], "fake": arguments[1]}
+    results |= {"num_real": num_real, "num_fake": num_fake, "network": name}
+    if network:
+      results["network_sha256"] = network.sha256
+    print(json.dumps(results))
     return
-  note = (
-    f"{len(fake):,} images of {arguments[1]} against the {len(real):,} of "
-    f"{arguments[0]}; features of {network.name}"
+  real, fake = (
+    f"{num:,} images of {path}" if num else f"mean and covariance in {path}"
+    for num, path in zip((num_real, num_fake), arguments)
   )
-  print(compute.table(results, note))
+  print(compute.table(results, f"{fake} against {real}; features of {name}"))
+  if any(map(_is_statistics, sets)):
+    print(
+      "  Mean and covariance give the Fréchet distance alone. It compares sets "
+      "only where one network, with one way to resize, saw both."
+    )
 
 
 if __name__ == "__main__":
@@ -146,9 +209,9 @@ if __name__ == "__main__":
     "Network of the metrics. FID is by inception; efficientnet needs no "
     "download.",
   )
-  flags.DEFINE_string(
+  cli.define_path(
     "inception_weights",
-    "",
+    None,
     "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
     "which it is downloaded.",
   )

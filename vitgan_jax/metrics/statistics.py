@@ -37,6 +37,15 @@ def from_features(features):
   return Statistics(len(features), mean, centred.T @ centred)
 
 
+def from_moments(mean, cov):
+  """Returns the statistics of a mean [F] and an unbiased covariance [F, F].
+
+  They do not tell of how many images: it is as many as can be compared.
+  """
+  num = len(mean) + 1
+  return Statistics(num, mean, cov * (num - 1))
+
+
 def merge(a, b):
   """Returns the statistics of two sets together (Chan et al. 1979)."""
   num = a.num + b.num

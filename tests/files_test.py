@@ -1,0 +1,88 @@
+import json
+import pathlib
+import pwd
+
+import pytest
+
+from vitgan_jax import files
+from vitgan_jax.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+  files.tell.cache_clear()
+
+
+@pytest.mark.parametrize(
+  "path, expected",
+  [
+    ("~", "/home/me"),
+    ("~/x", "/home/me/x"),
+    ("x/~", "x/~"),
+    ("gs://bucket/~x", "gs://bucket/~x"),
+    (pathlib.Path("a/b"), "a/b"),
+  ],
+)
+def test_home_folder_is_put_in_where_a_path_begins_with_it(
+  path, expected, monkeypatch
+):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert files.expand(path) == expected
+
+
+@pytest.mark.parametrize("home", [None, ""])
+@pytest.mark.parametrize("path", ["~", "~/x", "~nobody-of-this-name/x"])
+def test_home_folder_that_is_not_there_is_an_error(path, home, monkeypatch):
+  def getpwuid(uid):  # as of a container's user without an entry
+    raise KeyError(uid)
+
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+  if home is not None:
+    monkeypatch.setenv("HOME", home)
+  with pytest.raises(ConfigError, match="set HOME, or give --flag") as error:
+    files.expand(path, "--flag=FOLDER")
+  assert path in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_empty_path_is_an_error(path):
+  with pytest.raises(ConfigError, match="empty"):
+    files.expand(path)
+
+
+@pytest.mark.parametrize("cut", range(1, 9))  # all but the first byte
+def test_torn_line_is_left_out_and_not_written_to(cut, tmp_path, capsys):
+  path = tmp_path / "log.jsonl"
+  assert files.read_records(path) == []
+  files.append_record(path, {"a": 1})
+  files.append_record(path, {"a": 2})
+  torn = path.read_bytes()[:-cut]  # of the second line, {"a": 2}
+  path.write_bytes(torn)
+  files.append_record(path, {"a": 3})
+  values = [record["a"] for record in files.read_records(path, "a")]
+  assert values == ([1, 2, 3] if cut == 1 else [1, 3])
+  assert path.read_bytes().startswith(torn)  # nothing is lost
+  errors = capsys.readouterr().err
+  assert "ends in the midst of a line" in errors
+  assert ("Line 2 of" in errors) == (cut > 1)
+
+
+def test_lines_of_other_content_are_left_out_and_told_of_once(tmp_path, capsys):
+  path = tmp_path / "log.jsonl"
+  lines = [b'{"a": 1}', b"3", b'{"b": 2}', b"\xff\x00", b'{"a"', b""]
+  path.write_bytes(b"\n".join(lines))
+  for _ in range(2):
+    assert files.read_records(path, "a") == [{"a": 1}]
+  told = capsys.readouterr().err.splitlines()
+  assert [line.split()[1] for line in told] == ["2", "3", "4", "5"]
+
+
+def test_whole_file_is_only_added_to(tmp_path, capsys):
+  path = tmp_path / "log.jsonl"
+  path.touch()
+  for i in range(3):
+    files.append_record(path, {"a": i})
+  lines = path.read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [{"a": i} for i in range(3)]
+  assert not capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Files as people name them, and as crashes and bad disks leave them."""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+
+from etils import epath
+
+from vitgan_jax.config import ConfigError
+
+
+def expand(path, remedy="a path without ~"):
+  """Returns a path, as text, with the home folder for the "~" it begins with.
+
+  All paths that people give, in flags and in fields of configs, come through
+  here.
+
+  Args:
+    path: of this machine, or a URL as gs://bucket/run.
+    remedy: what to give where the user has no home folder, for the message.
+
+  Raises:
+    ConfigError: if the path is empty, or there is no such home folder.
+  """
+  path = os.fspath(path)
+  if not path.strip():
+    raise ConfigError("it is empty: give a path, or leave it out")
+  if not path.startswith("~"):
+    return path
+  expanded = os.path.expanduser(path)
+  # An empty HOME would make it a folder at the root.
+  if expanded == path or os.environ.get("HOME") == "":
+    raise ConfigError(
+      f"there is no home folder for {path}: set HOME, or give {remedy}"
+    )
+  return expanded
+
+
+def sha256(path):
+  """Returns the SHA-256 of a file, in hexadecimal."""
+  with epath.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def tell(line):
+  """Prints a line on standard error, once in a process."""
+  print(line, file=sys.stderr, flush=True)
+
+
+def read_records(path, *keys):
+  """Returns the records of a file of JSON lines, dicts, oldest first.
+
+  Lines that are no dict with all `keys`, as a crash leaves them, are told of
+  and left out. A file that is not there has none.
+  """
+  path, records = epath.Path(path), []
+  lines = path.read_bytes().split(b"\n") if path.exists() else []
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+    except ValueError:
+      record = None
+    if isinstance(record, dict) and record.keys() >= set(keys):
+      records.append(record)
+    elif line.strip():
+      tell(f"Line {number} of {path} is damaged: it is left out")
+  return records
+
+
+def append_record(path, record):
+  """Adds a dict to a file of JSON lines, on a line of its own."""
+  path, line = epath.Path(path), json.dumps(record) + "\n"
+  if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+    tell(f"{path} ends in the midst of a line: what follows begins a new one")
+    line = "\n" + line
+  with path.open("a") as file:
+    file.write(line)
