@@ -39,24 +39,21 @@ def load_images(path):
   archive = archives.open_archive(path)
   images, first = None, None
   for i, name in enumerate(tqdm(archive.names, f"Reading {path}")):
-    if pathlib.PurePosixPath(name).name == "grid.png":
-      continue  # of `--mode=sample`, beside the samples
     try:
       image = np.asarray(decode.decode(archive.read(i)))
     except Exception as error:  # Pillow raises many kinds for a damaged one
       raise ConfigError(f"{path}: {name} is no image: {error}") from error
     if images is None:
       images = np.empty((len(archive.names), *image.shape), np.uint8)
-      first, count = name, 0
+      first = name
     if image.shape != images.shape[1:]:
       raise ConfigError(
         f"{path} has images of several sizes: {first} has "
         f"{images.shape[2]} x {images.shape[1]} pixels, {name} "
         f"{image.shape[1]} x {image.shape[0]}; bring them to one size first"
       )
-    images[count] = image
-    count += 1
-  return images[:count]
+    images[i] = image
+  return images
 
 
 def _check_files(path):
@@ -66,6 +63,7 @@ def _check_files(path):
     if (
       file.is_file()
       and not hidden
+      and file.name != archives.LABELS
       and (file.suffix.lower() not in archives.SUFFIXES)
     ):
       raise ConfigError(
