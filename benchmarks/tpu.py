@@ -187,9 +187,9 @@ def programs(config, mesh):
   """Yields each Program for the devices of a mesh."""
   size = config.data.image_size
 
-  def images(*shape, axis=0):
+  def images(*shape, axis=0, dtype=jnp.uint8):
     sharding = partitioning.batch_sharding(mesh, axis)
-    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   def replicated(x):
     sharding = partitioning.replicated(mesh)
@@ -199,11 +199,14 @@ def programs(config, mesh):
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
   state = state_shapes(config, nets, mesh)
-  batch = {"images": images(1, 1, config.batch_size, size, size, 3, axis=2)}
+  shape = (1, 1, config.batch_size)
+  batch = {"images": images(*shape, size, size, 3, axis=2), "labels": None}
+  if config.data.num_classes:
+    batch["labels"] = images(*shape, axis=2, dtype=jnp.int32)
   yield Program(
     "training step",
     make_train_steps(config, nets, mesh),
-    (state, {**batch, "labels": None}),
+    (state, batch),
     config.dtype,
     config.batch_size // mesh.size,
     implementations,

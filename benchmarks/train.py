@@ -28,7 +28,10 @@ def run(config, seconds):
   size = config.data.image_size
   shape = (config.steps_per_call, 1, config.batch_size, size, size, 3)
   host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  batch = {"images": host_images, "labels": None}
+  labels = None
+  if config.data.num_classes:
+    labels = np.zeros(shape[:3], np.int32)
+  batch = {"images": host_images, "labels": labels}
   batch = partitioning.global_batch(mesh, batch, axis=2)
   theirs, note = peer.contestants(
     config,

@@ -276,6 +276,15 @@ def test_dataset_json_of_another_tool_is_no_list_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_grid_beside_samples_is_none_of_the_images(tmp_path, write):
+  names = ["a/000000.png", "a/000001.png", "a/grid.png", "b/grid.png"]
+  files = dict.fromkeys([*names, "a/my_grid.png"], b"x")
+  names, unused = names_of(write(tmp_path / "x", files))
+  assert unused == {"grid of samples": ["a/grid.png"]}
+  assert len(names) == 4
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
 def test_fingerprint_is_of_all_content(tmp_path, write):
   files = {f"{i:05d}.png": b"%5d" % i for i in range(2000)}
   fingerprint = archives.fingerprint(write(tmp_path / "x", files))

@@ -65,6 +65,41 @@ def test_too_few_images_are_an_error_of_one_line(num_fake):
   assert "\n" not in str(error.value)
 
 
+def test_classes_are_scored_by_themselves_and_few_are_left_out():
+  rng = np.random.default_rng(0)
+  real_labels = np.repeat([0, 1, 2, 3], [60, 200, 49, 80])
+  fake_labels = np.repeat([3, 2, 1], [50, 500, 70])
+  real = rng.normal(size=(389, 64)).astype(np.float32)
+  fake = (rng.normal(size=(620, 64)) + 0.5).astype(np.float32)
+  values, skipped = compute.class_scores(
+    "efficientnet-1", (real, real_labels), (fake, fake_labels), list("abcd")
+  )
+  assert list(values) == ["b", "d"]
+  assert "2 classes with fewer than 50 samples" in skipped
+  a, b = real[real_labels == 1], fake[fake_labels == 1]
+  assert values["b"] == {
+    "fd_efficientnet": pytest.approx(
+      fid.frechet_distance(*map(statistics.from_features, (a, b))), rel=1e-6
+    ),
+    "num_fake": 70,
+    "num_real": 200,
+  }
+  assert (values["d"]["num_fake"], values["d"]["num_real"]) == (50, 80)
+  assert np.isfinite(values["d"]["fd_efficientnet"])
+
+
+def test_first_twenty_classes_are_scored_where_there_are_many():
+  labels = np.arange(30).repeat(50)
+  features = np.random.default_rng(0).normal(size=(1500, 4))
+  names = [f"class{c}" for c in range(30)]
+  values, skipped = compute.class_scores(
+    "inception", (features, labels), (features, labels), names
+  )
+  assert list(values) == names[:20]
+  assert all(abs(value["fid"]) < 1e-6 for value in values.values())
+  assert skipped == "10 classes after the first 20"
+
+
 @pytest.mark.parametrize(
   "count, name", [(50_000, "50k"), (2_000, "2k"), (1497, "1497"), (999, "999")]
 )

@@ -24,6 +24,8 @@ NUM_PARAMETERS = {
   "celeba64:smoke": (20_291, 33_345),
   "cifar10": (11_380_995, 6_729_601),
   "cifar10:smoke": (20_291, 14_913),
+  "cifar10_cond": (11_532_675, 6_733_441),
+  "cifar10_cond:smoke": (21_667, 15_233),
   "cifar16": (170_627, 108_481),
   "cifar16:smoke": (20_291, 14_913),
   "digits": (170_627, 108_481),
@@ -34,6 +36,8 @@ NUM_PARAMETERS = {
   "folder": (16_108_803, 10_203_265),
   "folder:smoke": (20_291, 33_345),
   "digits:smoke": (20_291, 14_913),
+  "imagenet64": (16_640_643, 10_587_265),
+  "imagenet64:smoke": (53_347, 65_345),
   "lsun_bedroom128": (20_836_611, 7_835_521),
   "lsun_bedroom128:smoke": (20_291, 107_073),
   "transgan_cifar10": (83_312_495, 10_210_400),
@@ -74,6 +78,13 @@ GOLDEN = {
     "scores/fake": 0.2984905,
     "scores/real": 0.2478141,
   },
+  "cifar10_cond": {
+    "loss/d": 1.470106,
+    "loss/g": 0.6051959,
+    "penalty/bcr": 0.06498437,
+    "scores/fake": 0.3485364,
+    "scores/real": 0.2316632,
+  },
   "cifar16": {
     "loss/d": 1.519074,
     "loss/g": 0.6425339,
@@ -87,6 +98,13 @@ GOLDEN = {
     "penalty/bcr": 0.1138506,
     "scores/fake": 0.2123805,
     "scores/real": 0.02538729,
+  },
+  "imagenet64": {
+    "loss/d": 1.30616,
+    "loss/g": 0.7152042,
+    "penalty/bcr": 0.06111551,
+    "scores/fake": 0.04366149,
+    "scores/real": 0.2274254,
   },
   "lsun_bedroom128": {
     "loss/d": 1.365484,
@@ -125,6 +143,14 @@ def step_of(config, mesh):
   )
 
 
+def labels_of(config, shape):
+  """Returns classes int32 [*shape], or None without classes."""
+  if not config.data.num_classes:
+    return None
+  numbers = np.arange(math.prod(shape), dtype=np.int32)
+  return (numbers % config.data.num_classes).reshape(shape)
+
+
 def num_parameters(params):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
@@ -155,7 +181,10 @@ def test_training_step_traces_and_keeps_the_state_in_shape(module):
   next_state, metrics = jax.eval_shape(
     step_of(config, partitioning.create_mesh()),
     state,
-    {"images": jax.ShapeDtypeStruct(shape, jnp.uint8), "labels": None},
+    {
+      "images": jax.ShapeDtypeStruct(shape, jnp.uint8),
+      "labels": labels_of(config, shape[:2]),
+    },
     state.key,
   )
   assert jax.tree.map(lambda x: (x.shape, x.dtype), next_state) == (
@@ -280,9 +309,8 @@ def test_golden_metrics_of_the_first_step(module):
   )
   step = step_of(config, partitioning.create_mesh(jax.devices()[:1]))
   state = jax.jit(lambda: create_train_state(config, networks.build(config)))()
-  _, metrics = jax.jit(step)(
-    state, {"images": images, "labels": None}, jax.random.key(0)
-  )
+  batch = {"images": images, "labels": labels_of(config, images.shape[:2])}
+  _, metrics = jax.jit(step)(state, batch, jax.random.key(0))
   metrics = {key: float(f"{value:.7g}") for key, value in metrics.items()}
   message = (
     f"The first step of configs/{module}.py:smoke has changed. If it was meant "

@@ -37,6 +37,20 @@ def test_distance_of_gaussians_with_the_same_axes(rotate):
   np.testing.assert_allclose(actual, 18.25, rtol=1e-8)
 
 
+@pytest.mark.parametrize("num_real, num_fake", [(20, 9), (9, 20), (50, 9)])
+def test_distance_of_few_images_is_that_of_their_singular_covariances(
+  num_real, num_fake
+):
+  real, fake = correlated(num_real, 32, 1), correlated(num_fake, 32, 2)
+  actual = fid.frechet_distance_of_few(real, fake)
+  # tr (A B)^(1/2) is the sum of the singular values of X Y^T, with A = X^T X.
+  x, y = ((v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (real, fake))
+  trace_root = np.linalg.norm(x @ y.T, "nuc")
+  expected = np.sum((real.mean(0) - fake.mean(0)) ** 2)
+  expected += np.sum(x**2) + np.sum(y**2) - 2 * trace_root
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
 def test_distance_of_gaussians_with_different_axes():
   a = np.array([[2.0, 0.5], [0.5, 1.0]])
   b = np.array([[1.0, -0.7], [-0.7, 3.0]])

@@ -51,3 +51,24 @@ def test_number_of_columns_can_be_given():
   grid = pictures.image_grid(images, columns=2)
   assert grid.shape == (12, 8, 3)  # gaps of a sixteenth of 4 pixels are none
   np.testing.assert_array_equal(grid[4:8, :4], images[2])
+
+
+def test_each_class_has_rows_of_its_own():
+  # Seven images of 16 pixels: each is of one colour, its number.
+  images = np.arange(1, 8, dtype=np.uint8).repeat(16 * 16 * 3)
+  images = images.reshape(7, 16, 16, 3)
+  grid = pictures.class_grid(images, [5, 2, 5, 5, 2, 5, 9, 0, 0])
+  # Three columns, as a square has.
+  np.testing.assert_array_equal(
+    grid[8::17, 8::17, 0], [[1, 3, 4], [6, 0, 0], [2, 5, 0], [7, 0, 0]]
+  )
+  two_of_each = pictures.class_grid(images[:4], [1, 0, 1, 0])
+  np.testing.assert_array_equal(two_of_each[8::17, 8::17, 0], [[1, 3], [2, 4]])
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 2, 3, 4, 5, 5]])
+def test_images_without_a_class_in_common_are_laid_out_in_order(labels):
+  images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+  np.testing.assert_array_equal(
+    pictures.class_grid(images, labels), pictures.image_grid(images)
+  )

@@ -37,14 +37,22 @@ def expected(variables):
 
 
 def draw(
-  variables, num_samples, seed=0, batch_size=2, num_devices=8, nets=NETS
+  variables,
+  num_samples,
+  seed=0,
+  batch_size=2,
+  num_devices=8,
+  nets=NETS,
+  classes=None,
 ):
   """Returns (samples, sizes of the batches they came in)."""
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sample, "BATCH_SIZE", batch_size)
     sampler = sample.make_sampler(nets, mesh)
-    batches = list(sample.sample_images(sampler, variables, seed, num_samples))
+    batches = list(
+      sample.sample_images(sampler, variables, seed, num_samples, classes)
+    )
   return np.concatenate(batches), [len(batch) for batch in batches]
 
 
@@ -112,6 +120,47 @@ def test_sample_has_its_class_and_its_noise_in_any_batch():
   assert len(set(images[:, 0, 0, 2])) > 10
   others, _ = draw({}, 20, 0, batch_size=7, num_devices=1, nets=PAINTERS)
   np.testing.assert_array_equal(others, images)
+
+
+def test_classes_that_are_asked_for_come_in_turn_with_the_same_latents():
+  images, _ = draw({}, 20, nets=PAINTERS)
+  asked, _ = draw({}, 20, nets=PAINTERS, classes=[2, 0])
+  np.testing.assert_array_equal(asked[:, 0, 0, 0], [2, 0] * 10)
+  np.testing.assert_array_equal(asked[..., 1:], images[..., 1:])
+  interpolate = sample.make_interpolator(
+    PAINTERS, partitioning.create_mesh(), rows=3, columns=2
+  )
+  rows = np.asarray(interpolate({}, 0, None, [2, 0]))
+  np.testing.assert_array_equal(
+    rows[..., 0].squeeze(), [[2, 2], [0, 0], [2, 2]]
+  )
+
+
+def test_truncation_is_towards_the_mean_of_the_class():
+  mean_w = np.asarray(sample.mean_w(PAINTERS, {}))
+  assert mean_w.shape == (3, 3)
+  np.testing.assert_array_equal(mean_w[:, 0], [0, 1, 2])
+  # A mean of 1,000 is within five of its standard deviations.
+  np.testing.assert_allclose(mean_w[:, 1:], 0, atol=5 / 1000**0.5)
+  sampler = sample.make_sampler(PAINTERS, partitioning.create_mesh())
+  for psi in (0.0, 1.0):
+    images = np.asarray(sampler({}, 0, 0, (psi, mean_w), [2, 0]))[:, 0, 0]
+    np.testing.assert_array_equal(images[:6, 0], [2, 0] * 3)
+    latents = set(images[:, 1].tolist())
+    assert len(latents) > 100 if psi else max(latents) - min(latents) < 20
+
+
+@pytest.mark.parametrize(
+  "num_classes, count, expected",
+  [(0, 64, None), (2, 64, 2), (10, 64, 10), (16, 64, 16), (17, 64, 8)]
+  + [(1000, 64, 8), (10, 16, 4), (3, 2, 2)],
+)
+def test_grid_has_all_classes_or_the_first_ones(num_classes, count, expected):
+  classes = sample.grid_classes(Painter(num_classes=num_classes), count)
+  if expected is None:
+    assert classes is None
+  else:
+    np.testing.assert_array_equal(classes, range(expected))
 
 
 def test_interpolation_keeps_class_and_noise_along_a_row():

@@ -28,7 +28,7 @@ def smooth(num_images, seed):
 
 
 def files_of(images):
-  return {f"{i:05d}.png": encode(image) for i, image in enumerate(images)}
+  return {f"{i:06d}.png": encode(image) for i, image in enumerate(images)}
 
 
 def write(kind, path, images):
@@ -51,10 +51,13 @@ def test_images_are_read_from_each_form(tmp_path, kind):
   np.testing.assert_array_equal(loaded[:], images)
 
 
-def test_grid_of_the_samples_and_hidden_files_are_left_out(tmp_path):
+def test_what_sampling_writes_beside_images_and_hidden_files_are_left_out(
+  tmp_path,
+):
   images = smooth(3, seed=0)
   files = files_of(images) | {"grid.png": encode(noise(30, 30, 3))}
-  folder = datasets.write_folder(tmp_path / "x", files | {".hidden": b""})
+  files |= {".hidden": b"", "dataset.json": b"{}"}
+  folder = datasets.write_folder(tmp_path / "x", files)
   np.testing.assert_array_equal(score.load_images(folder), images)
 
 

@@ -253,10 +253,25 @@ def _with_tuples(values):
   return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
 
 
-def claim_workdir(config, workdir):
+def _names_path(workdir):
+  return epath.Path(workdir) / "classes.json"
+
+
+def class_names(workdir):
+  """Returns the names of a run's classes; [] if it has none, or none known."""
+  path = _names_path(workdir)
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def claim_workdir(config, workdir, names=()):
   """Writes the config into a new workdir, or checks it against the one there.
 
   One that is damaged cannot be compared: it is set aside.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    names: of its classes, kept for `class_names`.
 
   Raises:
     ConfigError: if another config made the workdir, where nothing is written
@@ -288,6 +303,8 @@ def claim_workdir(config, workdir):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
     partial.replace(path)
+    if names:
+      _names_path(workdir).write_text(json.dumps(names))
   except OSError as error:
     raise ConfigError(
       f"cannot write into --workdir={workdir}: {error.strerror or error}"

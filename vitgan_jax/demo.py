@@ -23,6 +23,7 @@ from vitgan_jax.config import ConfigError
 
 _MAX_SEED = 9999
 _NUM_BETWEEN = 12  # pictures of the interpolation strip
+_ALL = -1  # what the page calls all classes in turn
 _HOUR = 3600  # seconds that the pictures of a page are kept
 
 
@@ -37,13 +38,19 @@ class Pictures:
     """
     # Late: --help and a wrong flag need not wait for JAX.
     import jax
+    import numpy as np
 
-    from vitgan_jax import checkpoint, sample
+    from vitgan_jax import checkpoint, config, sample
 
     # One device: its batch is the grid.
     devices = jax.local_devices()[:1]
     _, nets, mesh, state = checkpoint.load_run(workdir, devices)
     self.step = int(state.step)
+    self._classes = np.arange(nets.generator.num_classes)
+    # What the page calls them; none without classes.
+    self.class_names = config.class_names(workdir) or list(
+      map(str, self._classes)
+    )
     self._variables = state.g_ema_variables
     self._mean_w = sample.mean_w(nets, self._variables)
     self._sampler = sample.make_sampler(nets, mesh)
@@ -51,13 +58,14 @@ class Pictures:
       nets, mesh, rows=1, columns=_NUM_BETWEEN
     )
 
-  def draw(self, seed, psi):
+  def draw(self, seed, psi, label=None):
     """Returns (grid, strip) of a seed, uint8 [H, W, 3].
 
     Args:
       seed: of the latents.
       psi: share of w's distance from its mean that is left; see
         `sample.make_sampler`.
+      label: the class, or None for all in turn, a row each.
     """
     import numpy as np
 
@@ -65,10 +73,15 @@ class Pictures:
 
     arguments = (self._variables, int(seed))
     truncation = (float(psi), self._mean_w)
-    samples = np.asarray(self._sampler(*arguments, 0, truncation))
-    between = np.asarray(self._interpolate(*arguments, truncation))[0]
+    classes = self._classes if self.class_names else None
+    if label is not None:
+      # As many as all of them: one program draws both.
+      classes = np.full_like(classes, label)
+    samples = np.asarray(self._sampler(*arguments, 0, truncation, classes))
+    between = np.asarray(self._interpolate(*arguments, truncation, classes))[0]
+    labels = None if classes is None else np.resize(classes, len(samples))
     return (
-      pictures.image_grid(samples),
+      pictures.class_grid(samples, labels),
       pictures.image_grid(between, columns=_NUM_BETWEEN),
     )
 
@@ -85,11 +98,13 @@ def build_page(pictures, name, folder):
 
   from vitgan_jax.pictures import write_png
 
-  def draw(seed, psi):
+  def draw(seed, psi, label=_ALL):
+    label = None if label == _ALL else label
     for old in folder.glob("*.png"):  # the page has copies
       old.unlink()
-    grid, strip = pictures.draw(seed, psi)
+    grid, strip = pictures.draw(seed, psi, label)
     stem = f"{name}-step{pictures.step}-seed{int(seed)}-psi{psi:.2f}"
+    stem += "" if label is None else f"-class{label}"
     paths = [folder / f"{stem}{suffix}.png" for suffix in ("", "-between")]
     write_png(paths[0], grid, min_side=768)
     write_png(paths[1], strip, min_side=96)
@@ -120,6 +135,17 @@ def build_page(pictures, name, folder):
           "at 0 there is no other.",
           elem_id="truncation",
         )
+        controls = [seed, psi]
+        if pictures.class_names:
+          choices = [(x, i) for i, x in enumerate(pictures.class_names)]
+          controls.append(
+            gr.Dropdown(
+              [("All, a row each", _ALL), *choices],
+              value=_ALL,
+              label="Class",
+              elem_id="class",
+            )
+          )
         download = gr.DownloadButton("Download the grid", elem_id="download")
       with gr.Column(scale=5):
         common = dict(
@@ -133,9 +159,9 @@ def build_page(pictures, name, folder):
         strip = gr.Image(elem_id="strip", **common)
     dice.click(lambda: random.randint(0, _MAX_SEED), outputs=seed, queue=False)
     gr.on(
-      [page.load, seed.change, psi.change],
+      [page.load, *(control.change for control in controls)],
       draw,
-      inputs=[seed, psi],
+      inputs=controls,
       outputs=[grid, strip, download],
       show_progress="hidden",
       trigger_mode="always_last",  # while a slider moves

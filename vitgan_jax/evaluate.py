@@ -46,6 +46,7 @@ class Evaluator:
     self._seed = seed
     self._extractor = features.Extractor(network, mesh)
     self._sampler = sample.make_sampler(nets, mesh)
+    self._labels = sample.labels_of(nets.generator, np.arange(num_samples))
     # KID takes 1,000 of either, however few are generated.
     num_kept = max(num_samples, 1000)
     self.reference = reference.load(self._extractor, self.images, num_kept)
@@ -113,13 +114,20 @@ class Evaluator:
     }
     if "classes" in self.images.card:
       classes = self.images.card["classes"]
+      labels = self.images.labels()[self.reference.indices]
       shares = neighbours.class_shares(
-        fake.features,
-        self.reference.features,
-        self.images.labels()[self.reference.indices],
-        len(classes),
+        fake.features, self.reference.features, labels, len(classes)
       )
       record["class_share"] = dict(zip(classes, shares.round(6).tolist()))
+      if self._labels is not None and long:
+        record["class_scores"], record["class_scores_skipped"] = (
+          compute.class_scores(
+            self.protocol["network"],
+            (self.reference.features, labels),
+            (fake.features, np.asarray(self._labels)),
+            classes,
+          )
+        )
     return record
 
   def with_neighbours(self, fake_images, fake):
@@ -177,7 +185,8 @@ def save_if_best(workdir, record, config, state, data_state):
         if other["protocol"] == record["protocol"]
       )
       if is_best:
-        config_lib.claim_workdir(config, best)
+        names = config_lib.class_names(workdir)
+        config_lib.claim_workdir(config, best, names)
   is_best = processes.broadcast_from_first(is_best)
   if is_best:
     with checkpoint.create_manager(best) as manager:
@@ -324,6 +333,12 @@ def report(record, is_best):
   if "class_share" in record:
     shares = [f"{k} {v:.1%}" for k, v in record["class_share"].items()]
     print("  classes, by nearest real images: " + ", ".join(shares[:20]))
+  for name, values in record.get("class_scores", {}).items():
+    key = next(iter(values))
+    counts = f"{values['num_fake']:,} samples, {values['num_real']:,} real"
+    print(f"  {f'{key} of {name}':<34}{values[key]:<10.5g}{counts}")
+  if skipped := record.get("class_scores_skipped"):
+    print(f"  not scored by class: {skipped}")
   print(end="", flush=True)
 
 

@@ -21,6 +21,9 @@ or, where they cannot find each other, on host I of N:
 
 Write samples of the last checkpoint as PNGs:
   python -m vitgan_jax.main --mode=sample --workdir=runs/digits --num_samples=64
+of a run with classes, those of some:
+  python -m vitgan_jax.main --mode=sample --workdir=runs/cifar10_cond \
+    --classes=cat,dog
 """
 
 import os
@@ -48,6 +51,7 @@ _MODES_OF = {
   "features": ("evaluate",),
   "inception_weights": ("evaluate",),
   "output": ("sample",),
+  "classes": ("sample",),
 }
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples",
@@ -96,6 +100,14 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 _OUTPUT = cli.define_path(
   "output", None, "New folder for them; default <workdir>/samples_seed<seed>."
+)
+
+
+_CLASSES = flags.DEFINE_list(
+  "classes",
+  None,
+  "Names or numbers of classes, with --mode=sample: sample i is of number i "
+  "modulo how many they are. Default all of the run's, in turn.",
 )
 
 
@@ -162,7 +174,7 @@ def _sample():
 
   count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
   output = _OUTPUT.value or f"{workdir}/samples_seed{_SEED.value}"
-  sample.sample(workdir, count, _SEED.value, output)
+  sample.sample(workdir, count, _SEED.value, output, _CLASSES.value)
 
 
 def _workdir():

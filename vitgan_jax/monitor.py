@@ -120,7 +120,10 @@ class MetricWriter:
 
 
 class SampleWriter:
-  """Draws the same latents again and again, and measures the diagnostics."""
+  """Draws the same latents again and again, and measures the diagnostics.
+
+  With classes each has a row of the grid; see `sample.grid_classes`.
+  """
 
   def __init__(self, config, workdir, nets, mesh, images, writer):
     """Makes the folder `samples` in the workdir.
@@ -139,6 +142,10 @@ class SampleWriter:
       self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(nets, mesh)
+    self._classes = sample_lib.grid_classes(nets.generator, self._count)
+    self._grid_labels = sample_lib.labels_of(
+      nets.generator, np.arange(self._count), self._classes
+    )
     self._diagnostics = make_diagnostics(config, nets, mesh)
     self._real_images = images[:64]
     self._labels = images.labels()[:64] if config.data.num_classes else None
@@ -154,9 +161,13 @@ class SampleWriter:
     """
     # All processes take part in drawing; one writes.
     batches = sample_lib.sample_images(
-      self._sampler, state.g_ema_variables, SAMPLE_SEED, self._count
+      self._sampler,
+      state.g_ema_variables,
+      SAMPLE_SEED,
+      self._count,
+      self._classes,
     )
-    grid = pictures.image_grid(np.concatenate(list(batches)))
+    grid = pictures.class_grid(np.concatenate(list(batches)), self._grid_labels)
     scalars, shown = self._diagnostics(
       state, self._real_images, self._latents, self._labels
     )

@@ -28,6 +28,33 @@ def image_grid(images, columns=None):
   return grid[: rows * pitch - gap, : columns * pitch - gap]
 
 
+def class_grid(images, labels):
+  """Lays images out as `image_grid` does, each class in rows of its own.
+
+  Where most images have a class of their own, or there are no classes, it is
+  `image_grid`.
+
+  Args:
+    images: [N, S, S, 3].
+    labels: [N], or more, the classes of these; None without classes. Their
+      order is that of the rows.
+  """
+  if labels is None:
+    return image_grid(images)
+  labels = np.asarray(labels)[: len(images)]
+  groups = [images[labels == c] for c in dict.fromkeys(labels.tolist())]
+  if 2 * len(groups) > len(images):
+    return image_grid(images)
+  columns = int(np.ceil(np.sqrt(len(images))))
+  columns = min(columns, max(map(len, groups)))
+  # What is left of a class's last row is black.
+  rows = [
+    np.pad(group, [(0, -len(group) % columns)] + 3 * [(0, 0)])
+    for group in groups
+  ]
+  return image_grid(np.concatenate(rows), columns)
+
+
 def write_png(path, image, min_side=0):
   """Writes a uint8 image [H, W, 3] as a PNG.
 

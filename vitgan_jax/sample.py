@@ -3,6 +3,8 @@
 Samples always come from the moving average of the generator.
 """
 
+import json
+
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -18,19 +20,21 @@ from vitgan_jax.pixels import to_uint8
 
 BATCH_SIZE = 64  # per device
 _NUM_MEAN_LATENTS = 10_000  # as in StyleGAN
+_NUM_CLASS_LATENTS = 1_000  # for the mean of each class
+_NUM_ON_GRID = 64
 
 
 def make_sampler(nets, mesh):
-  """Returns `sampler(variables, seed, start, truncation)`, of one batch.
+  """Returns `sampler(variables, seed, start, truncation, classes)`, of a batch.
 
-  Sample i of a seed is the same image whatever batch it is drawn in; with
-  classes it is of class i modulo their number. A batch is uint8
-  [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
+  Sample i of a seed is the same image whatever batch it is drawn in. A batch is
+  uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
 
   `variables` are those of the averaged generator. `truncation` is None or (psi,
-  mean_w): w is drawn nearer to its mean (Karras et al. 2019, B). At psi 1 it
-  stays as it is, to the last bit; at 0 it is the mean for all; see `mean_w`.
-  Whatever the numbers, one program draws them.
+  mean_w): w is drawn nearer to its mean (Karras et al. 2019, B), which is that
+  of the sample's class. At psi 1 it stays as it is, to the last bit; at 0 it is
+  the mean for all; see `mean_w`. `classes`, of a generator that has some, are
+  as `labels_of` takes them. Whatever the numbers, one program draws them.
   """
   if nets.implementation == "pallas":
     # Other devices than those of the run may not have them.
@@ -39,39 +43,40 @@ def make_sampler(nets, mesh):
   generator = nets.generator
   batch_size = BATCH_SIZE * mesh.size
 
-  def draw(variables, seed, numbers, truncation):
+  def draw(variables, seed, numbers, labels, truncation):
     key = jax.random.key(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
     latents = draw_latents(keys, generator.latent_dim)
     noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    labels = labels_of(generator, numbers)
     return _draw(generator, variables, latents, labels, noise_keys, truncation)
 
   whole, split = PartitionSpec(), PartitionSpec(partitioning.BATCH_AXES)
   draw = jax.shard_map(
     draw,
     mesh=mesh,
-    in_specs=(whole, whole, split, whole),
+    in_specs=(whole, whole, split, split, whole),
     out_specs=split,
     check_vma=False,  # see `partitioning.gradient`
   )
 
-  def sampler(variables, seed, start, truncation=None):
+  def sampler(variables, seed, start, truncation=None, classes=None):
     numbers = start + jnp.arange(batch_size)
-    return draw(variables, jnp.asarray(seed), numbers, truncation)
+    labels = labels_of(generator, numbers, classes)
+    return draw(variables, jnp.asarray(seed), numbers, labels, truncation)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
 
 
 def make_interpolator(nets, mesh, rows=8, columns=8):
-  """Returns `interpolate(variables, seed, truncation)`, of pairs of latents.
+  """Returns `interpolate(variables, seed, truncation, classes)`, of latents.
 
   The images are uint8 [rows, columns, S, S, 3]: each row goes along the great
-  circle from one latent to another. See `make_sampler` for the arguments.
+  circle from one latent to another, in the class that a sample of its number
+  has. See `make_sampler` for the arguments.
   """
   generator = networks.plain(nets.generator)
 
-  def interpolate(variables, seed, truncation=None):
+  def interpolate(variables, seed, truncation=None, classes=None):
     key = jax.random.key(seed)
     shape = (2, rows, 1, generator.latent_dim)
     begin, end = jax.random.normal(key, shape)
@@ -85,7 +90,7 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
     row = jnp.arange(rows).repeat(columns)
     # What else is random is the same along a row.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
-    labels = labels_of(generator, row)
+    labels = labels_of(generator, row, classes)
     images = _draw(generator, variables, latents, labels, keys, truncation)
     return images.reshape(rows, columns, *images.shape[1:])
 
@@ -93,25 +98,60 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
 
 
 def mean_w(nets, variables):
-  """Returns the mean of w [...] over latents, for truncation."""
+  """Returns the mean of w [...] over latents, for truncation.
+
+  With classes it is that of each, [num_classes, ...].
+  """
   generator = networks.plain(nets.generator)
+  num_classes = generator.num_classes
+  num_latents = _NUM_CLASS_LATENTS if num_classes else _NUM_MEAN_LATENTS
 
   @jax.jit
   def mean(variables):
-    shape = (_NUM_MEAN_LATENTS, generator.latent_dim)
+    shape = (num_latents, generator.latent_dim)
     latents = jax.random.normal(jax.random.key(0), shape)
-    labels = labels_of(generator, jnp.arange(len(latents)))
-    w = generator.apply(variables, latents, labels, method=_mapping)
-    return jnp.mean(w, axis=0)
+
+    def of_class(label):
+      labels = None if label is None else jnp.full(num_latents, label)
+      w = generator.apply(variables, latents, labels, method=_mapping)
+      return jnp.mean(w, axis=0)
+
+    # One class after the other: all w of a thousand would not fit.
+    return (
+      jax.lax.map(of_class, jnp.arange(num_classes))
+      if num_classes
+      else of_class(None)
+    )
 
   return mean(variables)
 
 
-def labels_of(generator, numbers):
-  """Returns the class of each numbered sample; None without classes."""
+def labels_of(generator, numbers, classes=None):
+  """Returns the class of each numbered sample, int32; None without classes.
+
+  Args:
+    generator: whose samples they are.
+    numbers: of the samples, any shape.
+    classes: [K], of which sample i has number i modulo K; None is all in turn.
+  """
   if not generator.num_classes:
     return None
-  return jnp.asarray(numbers % generator.num_classes, jnp.int32)
+  if classes is None:
+    classes = jnp.arange(generator.num_classes)
+  return jnp.asarray(classes, jnp.int32)[numbers % len(classes)]
+
+
+def grid_classes(generator, count):
+  """Returns the classes [K] for a grid of `count` samples; None without.
+
+  All of them, if each gets four samples or more; else the first ones, for as
+  many rows as columns. `pictures.class_grid` gives each a row.
+  """
+  if not generator.num_classes:
+    return None
+  all_fit = 4 * generator.num_classes <= count
+  square = min(generator.num_classes, int(np.ceil(np.sqrt(count))))
+  return np.arange(generator.num_classes if all_fit else square)
 
 
 def _mapping(generator, latents, labels):
@@ -125,13 +165,15 @@ def _draw(generator, variables, latents, labels, keys, truncation):
     w = generator.mapping(latents, labels)
     if truncation is not None:
       psi, mean = truncation
+      if labels is not None:
+        mean = mean[labels]
       w = psi * w + (1.0 - psi) * mean
     return generator.synthesize(w, keys)
 
   return to_uint8(generator.apply(variables, method=synthesize))
 
 
-def sample_images(sampler, variables, seed, num_samples):
+def sample_images(sampler, variables, seed, num_samples, classes=None):
   """Yields the samples 0 to num_samples - 1 of a seed, in batches.
 
   Args:
@@ -140,13 +182,15 @@ def sample_images(sampler, variables, seed, num_samples):
     seed: of the latents.
     num_samples: how many; the last batch is drawn whole and cut, so that
       nothing is compiled for it.
+    classes: see `labels_of`.
 
   Yields:
     uint8 numpy arrays [n, S, S, 3].
   """
   start = 0
   while start < num_samples:
-    batch = np.asarray(sampler(variables, seed, start))[: num_samples - start]
+    batch = np.asarray(sampler(variables, seed, start, classes=classes))
+    batch = batch[: num_samples - start]
     yield batch
     start += len(batch)
 
@@ -157,18 +201,54 @@ def check_seed(seed):
     raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
 
 
-def sample(workdir, num_samples, seed, output):
+def _find_classes(workdir, words):
+  """Returns the class [K] of each word of --classes; None is None.
+
+  Raises:
+    ConfigError: if the run has no classes, or not that one.
+  """
+  if words is None:
+    return None
+  num_classes = config_lib.load(workdir).data.num_classes
+  given = f"--classes={','.join(words)}"
+  if not num_classes:
+    raise config_lib.ConfigError(
+      f"{given} is for a run with classes, and {workdir} was trained without "
+      "(config.data.num_classes=0): leave it out"
+    )
+  names = config_lib.class_names(workdir)
+  # Where classes are named by numbers, as those of some dataset.json, a name
+  # comes first.
+  known = {str(i): i for i in range(num_classes)}
+  known |= {name: i for i, name in enumerate(names)}
+  unknown = [word for word in words if word not in known]
+  if unknown or not words:
+    some = f" or a name: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+    raise config_lib.ConfigError(
+      f"{given} has {f'no class {unknown[0]!r}' if unknown else 'no class'}: "
+      f"give numbers from 0 to {num_classes - 1}{some if names else ''}"
+    )
+  return np.array([known[word] for word in words])
+
+
+def sample(workdir, num_samples, seed, output, classes=None):
   """Writes `grid.png` and `000000.png`, ... from a workdir's last checkpoint.
+
+  Those of a run with classes come with `dataset.json`, which has them as
+  StyleGAN's tool writes them, {"labels": [["000000.png", 3], ...]}: a dataset
+  with labels.
 
   Args:
     workdir: of a training run.
     num_samples: how many images; the first 64 of them are on the grid.
     seed: of the latents; the same seed gives the same images.
     output: a new or empty folder.
+    classes: names or numbers of classes, as texts; sample i is of number i
+      modulo how many they are. None is all in turn.
 
   Raises:
-    ConfigError: if a number is out of range, there is no checkpoint, or the
-      output folder is not empty.
+    ConfigError: if a number is out of range, there is no checkpoint or no such
+      class, or the output folder is not empty.
   """
   output = epath.Path(output)
   if num_samples < 1:
@@ -182,11 +262,15 @@ def sample(workdir, num_samples, seed, output):
         raise config_lib.ConfigError(
           f"--output={output} is there and not empty; choose a new folder"
         )
+  with processes.raise_together():
+    classes = _find_classes(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
   if processes.is_primary():
     output.mkdir(parents=True, exist_ok=True)
   sampler = make_sampler(nets, mesh)
-  batches = sample_images(sampler, state.g_ema_variables, seed, num_samples)
+  batches = sample_images(
+    sampler, state.g_ema_variables, seed, num_samples, classes
+  )
   first = []
   # All processes take part in drawing; one writes.
   if not processes.is_primary():
@@ -197,9 +281,14 @@ def sample(workdir, num_samples, seed, output):
     for batch in batches:
       for image in batch:
         pictures.write_png(output / f"{progress.n:06d}.png", image)
-        if len(first) < 64:
+        if len(first) < _NUM_ON_GRID:
           first.append(image)
         progress.update()
-  grid = pictures.image_grid(np.stack(first))
+  labels = labels_of(nets.generator, np.arange(num_samples), classes)
+  grid = pictures.class_grid(np.stack(first), labels)
   pictures.write_png(output / "grid.png", grid, min_side=512)
+  if labels is not None:
+    numbered = enumerate(np.asarray(labels).tolist())
+    listed = [[f"{i:06d}.png", label] for i, label in numbered]
+    (output / "dataset.json").write_text(json.dumps({"labels": listed}))
   print(f"{num_samples} samples of step {int(state.step)} are in {output}")

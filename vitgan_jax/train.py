@@ -60,7 +60,7 @@ def train_and_evaluate(config, workdir):
     )
   with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)
-  labels = _labels(config, images)
+  labels = images.labels() if config.data.num_classes else None
   if len(images) < config.batch_size:
     raise config_lib.ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
@@ -70,7 +70,8 @@ def train_and_evaluate(config, workdir):
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
-  _claim_workdir(config, workdir)
+  names = images.card["classes"] if config.data.num_classes else ()
+  _claim_workdir(config, workdir, names)
   batches = pipeline.ShuffledBatches(
     images,
     config_lib.images_per_step(config),
@@ -149,25 +150,7 @@ def train_and_evaluate(config, workdir):
   return state
 
 
-def _labels(config, images):
-  """Returns the classes int32 [num_images], or None without classes.
-
-  Raises:
-    ConfigError: if the dataset has other classes than the config.
-  """
-  if not config.data.num_classes:
-    return None
-  labels = images.labels()
-  num_classes = len(images.card["classes"])
-  if config.data.num_classes != num_classes:
-    raise config_lib.ConfigError(
-      f"config.data.num_classes={config.data.num_classes} must be 0 or the "
-      f"{num_classes} classes of {config.data.dataset}"
-    )
-  return labels
-
-
-def _claim_workdir(config, workdir):
+def _claim_workdir(config, workdir, names):
   """Has the first process claim the workdir.
 
   Raises:
@@ -175,7 +158,7 @@ def _claim_workdir(config, workdir):
   """
   with processes.raise_together():
     if processes.is_primary():
-      config_lib.claim_workdir(config, workdir)
+      config_lib.claim_workdir(config, workdir, names)
   with processes.raise_together():
     if config_lib.load(workdir) != config:
       raise config_lib.ConfigError(

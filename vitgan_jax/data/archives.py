@@ -20,7 +20,7 @@ from vitgan_jax.config import ConfigError
 from vitgan_jax.data import decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LABELS = "dataset.json"  # of StyleGAN's dataset tool
+LABELS = "dataset.json"  # of StyleGAN's dataset tool
 
 
 def open_archive(path):
@@ -82,7 +82,7 @@ def fingerprint(path, cache=None):
     return _digest((x.filename, x.file_size, x.CRC) for x in members)
   folder = Folder(path)
   labels_and_lmdbs = [
-    name for name in folder.files if name.endswith((_LABELS, ".mdb"))
+    name for name in folder.files if name.endswith((LABELS, ".mdb"))
   ]
   names = [*folder.names, *labels_and_lmdbs]
   paths = [os.path.join(path, name) for name in names]
@@ -177,10 +177,18 @@ class _Files:
     for name in self.files:
       if _is_hidden(name):
         self.unused["hidden"].append(name)
+      elif self._is_grid(name):
+        self.unused["grid of samples"].append(name)
       elif name.lower().endswith(SUFFIXES) or self._is_image(name):
         self.names.append(name)
       else:
         self.unused["no image"].append(name)
+
+  def _is_grid(self, name):
+    """Tells whether `--mode=sample` laid it beside its samples."""
+    folder, name = posixpath.split(name)
+    first = posixpath.join(folder, "000000.png")
+    return name == "grid.png" and first in self.files
 
   def _is_image(self, name):
     try:
@@ -200,7 +208,7 @@ class _Files:
   def class_labels(self):
     """Returns the classes by dataset.json, else as `class_labels` does."""
     others = self.unused["no image"]
-    found = [x for x in others if posixpath.basename(x) == _LABELS]
+    found = [x for x in others if posixpath.basename(x) == LABELS]
     if found:
       name = min(found, key=lambda name: name.count("/"))
       try:

@@ -29,9 +29,18 @@ def load_images(data):
     data: the config's `data`.
 
   Raises:
-    ConfigError: if there is no such dataset, or it cannot be had.
+    ConfigError: if there is no such dataset, it cannot be had, or it has other
+      classes than the networks get.
   """
-  return PreparedImages(prepare.prepare(data))
+  images = PreparedImages(prepare.prepare(data))
+  known = len(images.card.get("classes", ()))
+  if data.num_classes not in (0, known):
+    allowed = f"0 or the {known} classes of" if known else "0, without any in"
+    raise ConfigError(
+      f"config.data.num_classes={data.num_classes} must be {allowed} "
+      f"{data.dataset}"
+    )
+  return images
 
 
 class PreparedImages:

@@ -1,5 +1,7 @@
 """All metrics of a set of generated images, under their full names."""
 
+import numpy as np
+
 from vitgan_jax.metrics import (
   fid,
   inception_score,
@@ -7,6 +9,9 @@ from vitgan_jax.metrics import (
   precision_recall,
   statistics,
 )
+
+_MAX_CLASSES = 20  # to be scored: each may take seconds
+_MIN_CLASS_IMAGES = 50  # of either kind
 
 
 def scores(network, real, fake, long=False):
@@ -58,6 +63,47 @@ def frechet_name(network, count=None):
   network = network.split("-")[0]
   name = "fid" if network == "inception" else f"fd_{network}"
   return name if count is None else name + count_name(count)
+
+
+def class_scores(network, real, fake, classes):
+  """Computes the Fréchet distance of each class (intra-FID).
+
+  It is biased upwards, the more so the fewer images there are, and compares
+  only at equal numbers of these (Miyato and Koyama 2018).
+
+  Args:
+    network: as `scores` takes it.
+    real: (features [N, F], their classes [N], from 0).
+    fake: (features [M, F], their classes [M]).
+    classes: names of all.
+
+  Returns:
+    {name: {"fid" or the other network's: distance, "num_fake", "num_real"}} of
+    the first 20 classes that have 50 images or more of either kind; and what
+    was left out and why, "" if nothing.
+  """
+  name = frechet_name(network)
+  counts = [np.bincount(x[1], minlength=len(classes)) for x in (fake, real)]
+  enough = np.flatnonzero(np.minimum(*counts) >= _MIN_CLASS_IMAGES).tolist()
+  values = {}
+  for c in enough[:_MAX_CLASSES]:
+    distance = fid.frechet_distance_of_few(
+      *(features[labels == c] for features, labels in (real, fake))
+    )
+    values[classes[c]] = {
+      name: distance,
+      "num_fake": int(counts[0][c]),
+      "num_real": int(counts[1][c]),
+    }
+  skipped = []
+  if few := len(classes) - len(enough):
+    skipped.append(
+      f"{few:,} classes with fewer than {_MIN_CLASS_IMAGES} samples or real "
+      "images looked at (more of both: --num_samples)"
+    )
+  if more := len(enough) - len(values):
+    skipped.append(f"{more:,} classes after the first {_MAX_CLASSES}")
+  return values, "; ".join(skipped)
 
 
 def count_name(count):

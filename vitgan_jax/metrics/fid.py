@@ -27,6 +27,24 @@ def frechet_distance(real, fake):
   return _distance(real, _root(real.cov), fake)
 
 
+def frechet_distance_of_few(real_features, fake_features):
+  """Returns `frechet_distance`, of fewer images than features too.
+
+  The covariances are singular then, and the distance is mostly their bias,
+  which grows as the images become fewer: compare it at equal numbers alone.
+
+  Args:
+    real_features: [N, F], N >= 2.
+    fake_features: [M, F], M >= 2.
+  """
+  real, fake = map(statistics.from_features, (real_features, fake_features))
+  if real.num < len(real.mean):
+    root = (real_features - real.mean).T / np.sqrt(real.num - 1)
+  else:
+    root = _root(real.cov)
+  return _distance(real, root, fake)
+
+
 def bootstrap_interval(real, fake_features, seed=0):
   """Returns a 95% interval for what the distance is on average over latents.
 

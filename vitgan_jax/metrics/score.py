@@ -47,13 +47,13 @@ def load_images(path):
         f"{path} holds {archives.shown(names[0])}, which is no image: a folder "
         "to be scored has images alone"
       )
-    if kind != "hidden" and names:
+    if kind not in ("hidden", "grid of samples") and names:
       first = archives.shown(names[0])
       files.tell(f"Not used of {path}: {len(names):,} {kind} ({first}, ...)")
   images, first, count = None, None, 0
   for i, name in enumerate(tqdm(archive.names, f"Reading {path}")):
     if pathlib.PurePosixPath(name).name == "grid.png":
-      continue  # of `--mode=sample`, beside the samples
+      continue  # of `--mode=sample`, without its samples
     try:
       image = np.asarray(decode.decode(archive.read(i)))
     except Exception as error:  # Pillow raises many kinds for a damaged one
