@@ -40,8 +40,8 @@ def load_images(path):
   if path.suffix == ".npz" or _has_arrays(path):
     return _load_arrays(path)
   archive = archives.open_archive(path)
-  archive.class_labels()  # it takes dataset.json from what is no image
   for kind, names in archive.unused.items():
+    names = [x for x in names if x.rpartition("/")[2] != archives.LABELS]
     if kind == "no image" and path.is_dir() and names:
       raise ConfigError(
         f"{path} holds {archives.shown(names[0])}, which is no image: a folder "
