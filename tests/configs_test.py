@@ -20,6 +20,8 @@ from vitgan_jax.train_state import create_train_state
 # Parameters of the generator and of the discriminator. A new config gets its
 # entries here; a change of an old one belongs in its docstring too.
 NUM_PARAMETERS = {
+  "biggan_cifar10": (4_304_387, 4_207_361),
+  "biggan_cifar10:smoke": (7_091, 2_169),
   "celeba64": (16_108_803, 10_203_265),
   "celeba64:smoke": (20_291, 33_345),
   "cifar10": (11_380_995, 6_729_601),
@@ -48,6 +50,12 @@ NUM_PARAMETERS = {
 
 # Metrics of the first step of a config's `:smoke`, on random images.
 GOLDEN = {
+  "biggan_cifar10": {
+    "loss/d": 6.062314,
+    "loss/g": 1.052166,
+    "scores/fake": -0.551351,
+    "scores/real": -4.103632,
+  },
   "transgan_cifar10": {
     "loss/d": -0.005120105,
     "loss/g": -0.09774995,

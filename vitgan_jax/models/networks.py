@@ -89,6 +89,16 @@ GENERATORS = {
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
   ),
+  "biggan": Kind(
+    "vitgan_jax.models.biggan:Generator",
+    dict(
+      latent_dim=128,
+      channels=(256, 256, 256, 256),  # at 4 px, and of each doubling
+      attention_resolution=0,  # pixels; 0 is none
+      kernel_init="normal",  # or "orthogonal"
+    ),
+    dict(latent_dim=16, channels=(8, 8, 8, 8)),
+  ),
   "transgan": Kind(
     "vitgan_jax.models.transgan:Generator",
     dict(width=1024, depths=(5, 4, 2), num_heads=4, latent_dim=256),
@@ -118,6 +128,16 @@ DISCRIMINATORS = {
       position_scale=3.0,
     ),
     _SMALL,
+  ),
+  "biggan": Kind(
+    "vitgan_jax.models.biggan:Discriminator",
+    dict(
+      channels=(256, 256, 256, 256),
+      num_halvings=2,  # blocks that halve the resolution
+      attention_resolution=0,
+      kernel_init="normal",
+    ),
+    dict(channels=(8, 8)),
   ),
   "transgan": Kind(
     "vitgan_jax.models.transgan:Discriminator",
