@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from tests import runs
@@ -30,6 +32,45 @@ def test_every_command_answers_bad_input_in_one_line(
   (line,) = errors.splitlines()
   assert line.startswith("error: ") and words in line
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "name, flag",
+  [
+    ("vitgan_jax.main", "workdir"),
+    ("vitgan_jax.main", "output"),
+    ("vitgan_jax.main", "inception_weights"),
+    ("vitgan_jax.data.prepare", "data_dir"),
+    ("vitgan_jax.visualize", "workdir"),
+    ("vitgan_jax.judge_digits", "workdir"),
+    ("vitgan_jax.demo", "workdir"),
+    ("vitgan_jax.metrics.score", "inception_weights"),
+    ("launch.units", "workdir"),
+    ("launch.local", "sweep"),
+  ],
+)
+def test_every_path_is_expanded_and_not_empty(
+  name, flag, tmp_path, monkeypatch
+):
+  code, _, errors = runs.call(name, f"--{flag}=", cwd=tmp_path)
+  assert code == cli.EXIT_FINAL
+  assert errors.startswith(f"error: flag --{flag}=: the path is empty")
+  monkeypatch.setenv("HOME", "")
+  code, _, errors = runs.call(name, f"--{flag}=~/x", cwd=tmp_path)
+  assert code == cli.EXIT_FINAL
+  assert errors.startswith(f"error: flag --{flag}=~/x: there is no home folder")
+  assert not list(tmp_path.iterdir())
+
+
+def test_home_folder_is_put_into_flags(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  shutil.copy(runs.ROOT / "configs" / "digits.py", tmp_path)
+  code, output, errors = runs.call(
+    "launch.units", "--config=~/digits.py:smoke", "--workdir=~/x", cwd=tmp_path
+  )
+  assert code == 0, errors
+  assert f"--config={tmp_path}/digits.py:smoke" in output
+  assert f"--workdir={tmp_path}/x" in output and "~" not in output
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,20 @@ def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
     pipeline.PreparedImages(path)
 
 
+def test_damaged_labels_are_an_error(prepared_folder, tmp_path):
+  path = datasets.write_folder(
+    tmp_path / "x", datasets.read_card_folder(prepared_folder)
+  )
+  images = pipeline.PreparedImages(path)
+  images.card["classes"] = ["a"]
+  labels = path / "labels.npy"
+  np.save(labels, np.zeros(len(images) - 1))
+  for content in (labels.read_bytes(), b"", b"text"):
+    labels.write_bytes(content)
+    with pytest.raises(config_lib.ConfigError, match=r"labels\.npy is damaged"):
+      images.labels()
+
+
 def test_dataset_without_classes_has_no_labels(prepared_folder):
   with pytest.raises(config_lib.ConfigError, match="no class labels"):
     pipeline.PreparedImages(prepared_folder).labels()

@@ -65,6 +65,17 @@ def test_reference_is_computed_once_for_each_network_and_count(
   assert computed == [20, 50, 20, 20]
 
 
+@pytest.mark.parametrize("size", [0, 1000, -100])
+def test_reference_that_is_damaged_is_computed_anew(images, size):
+  first = reference.load(extractor(), images, 20)
+  (path,) = (images.path.parent / "references").iterdir()
+  path.write_bytes(path.read_bytes()[:size])
+  again = reference.load(extractor(), images, 20)
+  np.testing.assert_array_equal(again.features, first.features)
+  with np.load(path) as arrays:  # it is whole again
+    np.testing.assert_array_equal(arrays["features"], first.features)
+
+
 def test_reference_of_other_images_is_another(images, tmp_path):
   reference.load(extractor(), images, 20)
   (tmp_path / "images" / "07.png").unlink()

@@ -92,7 +92,8 @@ def save(manager, state, data_state):
   manager.wait_until_finished()  # as saving does: the step before is written
   if step in manager.all_steps():
     try:
-      return _check(manager, step)
+      _check(manager, step)
+      return
     except DamagedError as error:
       _set_aside(manager, step, error)
   manager.saved_step = step
@@ -151,7 +152,7 @@ def _check(manager, step):
   """Raises a DamagedError in all processes if the first one sees a fault."""
   found = _fault(_folder(manager, step)) if processes.is_primary() else None
   if processes.broadcast_from_first(bool(found)):
-    raise _damaged(manager, step, found)
+    raise _damaged(manager, step, found or "the first process says how")
 
 
 def _damaged(manager, step, reason):

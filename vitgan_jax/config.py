@@ -217,14 +217,12 @@ def load(workdir):
     )
   try:
     values = json.loads(path.read_text(), object_hook=_with_tuples)
-  except ValueError:
-    values = None
-  if not isinstance(values, dict):
+    config = ml_collections.ConfigDict(values).lock()
+  except (AttributeError, ValueError) as error:
     raise DamagedError(
       f"{path} is damaged: it holds no config. To resume the run, with its own "
       "--config, writes it anew"
-    )
-  config = ml_collections.ConfigDict(values).lock()
+    ) from error
   fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
   for name in _OPTIMIZERS:
     fields |= {f"{name}.{x}" for xs in _OPTIMIZER_FIELDS.values() for x in xs}
@@ -237,6 +235,11 @@ def load(workdir):
       f"{', '.join(different)}: another version made it; train anew, or with "
       "that version"
     )
+  try:
+    validate(config)
+  except (AttributeError, ConfigError, TypeError) as error:
+    reason = " ".join(str(error).split())
+    raise ConfigError(f"{path} holds a wrong value: {reason}") from error
   return config
 
 

@@ -26,7 +26,7 @@ def expand(path, remedy="a path without ~"):
   """
   path = os.fspath(path)
   if not path.strip():
-    raise ConfigError("it is empty: give a path, or leave it out")
+    raise ConfigError("the path is empty: give one, or leave it out")
   if not path.startswith("~"):
     return path
   expanded = os.path.expanduser(path)

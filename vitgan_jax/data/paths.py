@@ -15,7 +15,8 @@ def data_dir(data):
   """
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   folder = files.expand(
-    data.data_dir or default, "a folder as config.data.data_dir"
+    data.data_dir or default,
+    "a folder as --config.data.data_dir or TFDS_DATA_DIR",
   )
   if "://" in folder:
     raise ConfigError(

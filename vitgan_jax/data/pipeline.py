@@ -114,11 +114,17 @@ class PreparedImages:
     """Returns the classes int32 [num_images].
 
     Raises:
-      ConfigError: if the dataset has none.
+      ConfigError: if the dataset has none, or they are damaged.
     """
     if "classes" not in self.card:
       raise ConfigError(f"dataset {self.card['dataset']} has no class labels")
-    return np.load(self.path / "labels.npy")
+    try:
+      labels = np.load(self.path / "labels.npy")
+    except (OSError, ValueError, EOFError) as error:
+      raise prepare.damaged(self.path, "labels.npy") from error
+    if labels.shape != (len(self),):
+      raise prepare.damaged(self.path, "labels.npy")
+    return labels
 
 
 class _Shard:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import processes
+from vitgan_jax import files, processes
 from vitgan_jax.metrics import features as features_lib
 from vitgan_jax.metrics import statistics
 
@@ -44,10 +44,10 @@ def load(extractor, images, count):
   )
   path = images.path.parent / "references" / name
   # The first process decides for all, which may have other disks.
-  known = processes.broadcast_from_first(path.exists())
   is_primary = processes.is_primary()
-  if known:
-    return _read(path) if is_primary else None
+  known = _read(path) if is_primary and path.exists() else None
+  if processes.broadcast_from_first(known is not None):
+    return known
   result = compute(extractor, images, count)
   if is_primary:
     path.parent.mkdir(exist_ok=True)
@@ -100,8 +100,13 @@ def _thousands(batches):
 
 
 def _read(path):
-  with np.load(path) as arrays:
-    moments = statistics.Statistics(
-      int(arrays["num"]), arrays["mean"], arrays["scatter"]
-    )
-    return Reference(moments, arrays["features"], arrays["indices"])
+  """Returns the Reference in a file, or None if it is damaged."""
+  try:
+    with open(path, "rb") as file, np.load(file) as arrays:
+      moments = statistics.Statistics(
+        int(arrays["num"]), arrays["mean"], arrays["scatter"]
+      )
+      return Reference(moments, arrays["features"], arrays["indices"])
+  except Exception:  # zipfile and NumPy raise many kinds
+    files.tell(f"{path} is damaged: it is computed and written anew")
+    return None
