@@ -4,8 +4,8 @@ r"""ViTGAN on your own images.
       --config.data.path=DIR_OR_ZIP --config.data.image_size=64
 
 Images of any kind, size and colour mode, at any depth. They are cropped to the
-largest centred square and resized. Class folders are kept as labels, which
-ViTGAN does not need.
+largest centred square and resized. Class folders are kept as labels;
+`--config.data.num_classes=N`, as many as they are, gives them to both networks.
 
 The model is that of configs/celeba64.py. Patches are an eighth of the image,
 so that 64 tokens cover it at every size; the size must be a multiple of 16.

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from configs import digits
 from tests import runs
 from vitgan_jax import demo, partitioning, pictures, sample
 from vitgan_jax.models import networks
@@ -141,6 +142,23 @@ def test_served_pictures_are_those_of_the_sliders(address, drawn):
       pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
       factor = len(pixels) // len(picture)
       assert factor > 1
+      small = pixels[::factor, ::factor] - picture
+      assert np.abs(small).max() <= 1 and np.abs(small).mean() < 0.01
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_served_page_draws_the_class_that_is_chosen(tmp_path):
+  config = digits.get_config("smoke")
+  config.data.num_classes = 10
+  run = runs.train_quietly(config, tmp_path / "run")
+  drawn = demo.Pictures(run.workdir)
+  with serving(run.workdir, tmp_path) as address:
+    for value, label in [(-1, None), (7, 7)]:
+      png, _, _ = call(address, 0, 1.0, value)
+      picture = drawn.draw(0, 1.0, label)[0]
+      pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
+      factor = len(pixels) // len(picture)
       small = pixels[::factor, ::factor] - picture
       assert np.abs(small).max() <= 1 and np.abs(small).mean() < 0.01
 

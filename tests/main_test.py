@@ -93,6 +93,14 @@ BAD_INPUT = {
     ["--mode=sample", DIGITS, "--config.data.path=here"],
     ["--config.data.path is for --mode=train", "from the run"],
   ),
+  "classes of a run without any": (
+    ["--mode=sample", "--workdir=run", "--classes=3,5"],
+    ["--classes=3,5 is for a run with classes", "num_classes=0"],
+  ),
+  "classes for training": (
+    [DIGITS, "--classes=3"],
+    ["--classes is for --mode=sample, not for --mode=train"],
+  ),
   "samples of no run": (
     ["--mode=sample", "--workdir=elsewhere"],
     ["elsewhere", "not a workdir"],

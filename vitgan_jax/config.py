@@ -307,7 +307,8 @@ def claim_workdir(config, workdir, names=()):
     partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
     partial.replace(path)
     if names:
-      _names_path(workdir).write_text(json.dumps(names))
+      partial.write_text(json.dumps(names))
+      partial.replace(_names_path(workdir))
   except OSError as error:
     raise ConfigError(
       f"cannot write into --workdir={workdir}: {error.strerror or error}"

@@ -92,7 +92,7 @@ class Evaluator:
       config: of the run.
       state: GANState.
       fake: of `features_of`, of the state's averaged generator.
-      long: see `compute.scores`.
+      long: see `compute.scores`; and whether to score each class by itself.
 
     Returns:
       A dict for JSON, in the first process; None in others.

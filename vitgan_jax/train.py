@@ -34,9 +34,10 @@ class TrainingDivergedError(RuntimeError):
 def train_and_evaluate(config, workdir):
   """Trains a model, or goes on from the last checkpoint in the workdir.
 
-  Writes into the workdir: config.json, checkpoints/, samples/*.png, a line of
-  scalars a log in metrics.jsonl, TensorBoard events, and a profile if
-  config.profile. With many processes the workdir is one that all of them see.
+  Writes into the workdir: config.json, classes.json (names of classes, if the
+  networks get them), checkpoints/, samples/*.png, a line of scalars a log in
+  metrics.jsonl, TensorBoard events, and a profile if config.profile. With many
+  processes the workdir is one that all of them see.
 
   Args:
     config: of `configs/`.
