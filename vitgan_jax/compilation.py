@@ -2,9 +2,12 @@
 
 import os
 import sys
+import warnings
 
 from etils import epath
 import jax
+
+from vitgan_jax.config import ConfigError, check_writable
 
 _MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
 
@@ -23,20 +26,14 @@ def use_cache(folder):
   if not folder or jax.config.jax_compilation_cache_dir:
     return
   path = epath.Path(folder).expanduser()
-  probe = path / f"writable{os.getpid()}"
   try:
-    path.mkdir(parents=True, exist_ok=True)
     # JAX would warn of each program, and of a file in its place with a trace.
-    probe.touch()
-    probe.unlink(missing_ok=True)  # of a process of another host, it may be
-  except OSError as error:
-    print(
-      f"Compiled programs are not kept: config.compilation_cache={folder}: "
-      f"{error.strerror or error}",
-      file=sys.stderr,
-      flush=True,
-    )
+    check_writable(path, "config.compilation_cache")
+  except ConfigError as error:
+    print(f"Compiled programs are not kept: {error}", file=sys.stderr)
     return
+  # Of a disk that fills up later; of each program, too.
+  warnings.filterwarnings("ignore", "Error writing persistent compilation")
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS
