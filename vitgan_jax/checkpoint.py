@@ -1,5 +1,6 @@
 """Orbax checkpoints of the whole training state and the place in the data."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -7,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, partitioning, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, lasting_fault
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 
@@ -28,17 +29,41 @@ class Run(NamedTuple):
   state: Any
 
 
+@contextlib.contextmanager
 def create_manager(workdir, keep=None):
-  """Returns the CheckpointManager of a workdir, asynchronous, keeping last n.
+  """Yields the CheckpointManager of a workdir, asynchronous, keeping last n.
 
   Args:
     workdir: the run's folder; checkpoints are in its `checkpoints`.
     keep: how many checkpoints to keep; None is all of them.
+
+  Raises:
+    ConfigError: at its end, if one cannot be saved.
   """
-  return ocp.CheckpointManager(
+  manager = ocp.CheckpointManager(
     _directory(workdir),
     options=ocp.CheckpointManagerOptions(max_to_keep=keep),
   )
+  try:
+    yield manager
+  finally:
+    with _saving(manager):
+      manager.close()
+
+
+@contextlib.contextmanager
+def _saving(manager):
+  """Raises a ConfigError for a disk that cannot be written."""
+  try:
+    yield
+  except (OSError, ValueError) as error:  # Orbax's, TensorStore's
+    reason = lasting_fault(error)
+    if not reason or isinstance(error, ConfigError):
+      raise
+    raise ConfigError(
+      f"no checkpoint can be saved in {manager.directory}: {reason}. Those "
+      "there are whole; when there is room, the same command goes on from them"
+    ) from error
 
 
 def open_manager(workdir):
@@ -64,16 +89,21 @@ def save(manager, state, data_state):
     manager: of `create_manager`.
     state: GANState.
     data_state: of the stream of batches, a dict for JSON.
+
+  Raises:
+    ConfigError: if the disk is full, or the one before could not be saved.
   """
   step = int(state.step)
   if step not in manager.all_steps():
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-      ),
-      force=True,  # also a step that comes before one that is there
-    )
+    with _saving(manager):
+      manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=ocp.args.JsonSave(data_state),
+        ),
+        force=True,  # also a step that comes before one that is there
+      )
 
 
 def restore(manager, config, nets, mesh, step=None):

@@ -149,37 +149,51 @@ def read_records(workdir):
   return [json.loads(line) for line in lines]
 
 
-def save_if_best(workdir, record, config, state, data_state):
-  """Adds a record to scores.jsonl, and keeps the state if it is the best.
+def is_best(workdir, record):
+  """Says whether a record is the best of a run, in all processes.
 
   It is if its first score, the Fréchet distance, is the lowest of those by the
-  same protocol. It is kept in the folder `best`, which is itself a workdir.
+  same protocol.
 
   Args:
     workdir: of the run.
     record: of `Evaluator.score`; None in processes but the first.
+  """
+  best = False
+  if processes.is_primary():
+    first = next(iter(record["scores"]))
+    best = all(
+      record["scores"][first] < other["scores"][first]
+      for other in read_records(workdir)
+      if other["protocol"] == record["protocol"]
+    )
+  return processes.broadcast_from_first(best)
+
+
+def keep(workdir, record, best, config, state, data_state):
+  """Adds a record to scores.jsonl, and keeps the state if it is the best.
+
+  That is in the folder `best`, which is itself a workdir.
+
+  Args:
+    workdir: of the run.
+    record: of `Evaluator.score`; None in processes but the first.
+    best: of `is_best`.
     config: of the run.
     state: GANState that was scored.
     data_state: what belongs to it; see `checkpoint.save`.
 
-  Returns:
-    Whether it is the best.
+  Raises:
+    ConfigError: if the workdir cannot be written into.
   """
-  best = epath.Path(workdir) / "best"
-  is_best = False
+  workdir = epath.Path(workdir)
   with processes.raise_together():
     if processes.is_primary():
-      first = next(iter(record["scores"]))
-      is_best = all(
-        record["scores"][first] < other["scores"][first]
-        for other in read_records(workdir)
-        if other["protocol"] == record["protocol"]
-      )
-      if is_best:
-        config_lib.claim_workdir(config, best)
-  is_best = processes.broadcast_from_first(is_best)
-  if is_best:
-    with checkpoint.create_manager(best) as manager:
+      config_lib.check_writable(workdir, "--workdir")
+      if best:
+        config_lib.claim_workdir(config, workdir / "best")
+  if best:
+    with checkpoint.create_manager(workdir / "best") as manager:
       checkpoint.save(manager, state, data_state)
       manager.wait_until_finished()
       for step in manager.all_steps():
@@ -187,9 +201,8 @@ def save_if_best(workdir, record, config, state, data_state):
           manager.delete(step)
   if processes.is_primary():
     # Last: what is recorded is not scored, nor kept, again.
-    with (epath.Path(workdir) / "scores.jsonl").open("a") as file:
+    with (workdir / "scores.jsonl").open("a") as file:
       file.write(json.dumps(record) + "\n")
-  return is_best
 
 
 def evaluate(
@@ -242,7 +255,7 @@ def evaluate(
     network = features.load_network(network, inception_weights)
   nets = networks.build(config)
   mesh = partitioning.create_mesh()
-  evaluator = None
+  evaluator, lost = None, {}
   interpolate = sample.make_interpolator(nets, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
@@ -271,13 +284,23 @@ def evaluate(
       fake, first = evaluator.features_of(state.g_ema_variables)
       between = interpolate(state.g_ema_variables, seed)
       record = evaluator.score(config, state, fake, long=True)
-      is_best = save_if_best(workdir, record, config, state, data_state)
+      best = is_best(workdir, record)
       if processes.is_primary():
-        report(record, is_best)
-        neighbours_of = evaluator.with_neighbours(first, fake)
-        _draw(workdir, step, "neighbours", neighbours_of)
-        _draw(workdir, step, "interpolation", np.asarray(between))
-        _write_scalars(workdir, record)
+        report(record, best)
+      try:
+        keep(workdir, record, best, config, state, data_state)
+        if processes.is_primary():
+          neighbours_of = evaluator.with_neighbours(first, fake)
+          _draw(workdir, step, "neighbours", neighbours_of)
+          _draw(workdir, step, "interpolation", np.asarray(between))
+          _write_scalars(workdir, record)
+      except (OSError, config_lib.ConfigError) as error:
+        lost[step] = error
+  if lost:
+    steps = ", ".join(map(str, lost))
+    raise config_lib.ConfigError(
+      f"the scores of step {steps}, above, are not kept: {lost.popitem()[1]}"
+    )
 
 
 def _steps(manager, which, total_steps):

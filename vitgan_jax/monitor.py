@@ -1,7 +1,9 @@
 """What a training run shows: progress line, scalars, sample grids."""
 
+import contextlib
 import datetime
 import json
+import sys
 import time
 
 from etils import epath
@@ -95,35 +97,64 @@ class Profiler:
 
 
 class MetricWriter:
-  """Scalars to TensorBoard and, a line at a time, to metrics.jsonl."""
+  """Scalars to TensorBoard and, a line at a time, to metrics.jsonl.
+
+  Only the first process writes. What cannot be written ends no run.
+  """
 
   def __init__(self, workdir):
-    """Opens the files; all but the first process write nothing."""
+    """Opens no file yet."""
     self._workdir = epath.Path(workdir)
-    self._writer = None
-    if processes.is_primary():
-      self._writer = EventWriter(workdir)
+    self._events = None
+    self._told = set()
 
   def write(self, step, scalars, images=None):
     """Writes a dict of scalars and a dict of images, uint8 [H, W, 3]."""
-    if self._writer:
-      self._writer.write(step, scalars, images or {})
+    if not processes.is_primary():
+      return
+    with self.spared("TensorBoard's events"):
+      self._events = self._events or EventWriter(self._workdir)
+      try:
+        self._events.write(step, scalars, images or {})
+      except OSError:
+        self._close()  # behind half an event, none is read
+        raise
+    with self.spared("metrics.jsonl"):
       with (self._workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+  @contextlib.contextmanager
+  def spared(self, what):
+    """Has a file that cannot be written not end the run; says so once."""
+    try:
+      yield
+    except (OSError, config_lib.ConfigError) as error:
+      if what not in self._told:
+        self._told.add(what)
+        print(
+          f"The run goes on without {what}: {error}",
+          file=sys.stderr,
+          flush=True,
+        )
+
+  def _close(self):
+    if self._events:
+      with contextlib.suppress(OSError):
+        self._events.close()
+    self._events = None
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused_exception):
-    if self._writer:
-      self._writer.close()
+    self._close()
 
 
 class SampleWriter:
   """Draws the same latents again and again, and measures the diagnostics."""
 
   def __init__(self, config, workdir, nets, mesh, images, writer):
-    """Makes the folder `samples` in the workdir.
+    """Compiles nothing yet.
 
     Args:
       config: of the run.
@@ -135,8 +166,6 @@ class SampleWriter:
     """
     self.latest = epath.Path(workdir) / "grid.png"
     self._folder = epath.Path(workdir) / "samples"
-    if processes.is_primary():
-      self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(nets, mesh)
     self._diagnostics = make_diagnostics(nets, mesh)
@@ -162,12 +191,14 @@ class SampleWriter:
     )
     if not processes.is_primary():
       return
-    path = self._folder / f"{step:08d}.png"
-    pictures.write_png(path, grid, min_side=512)
-    # Whole at any time, for those who look while it is written.
-    partial = self.latest.with_suffix(".partial")
-    path.copy(partial, overwrite=True)
-    partial.replace(self.latest)
+    with self._writer.spared("samples"):
+      self._folder.mkdir(exist_ok=True)
+      path = self._folder / f"{step:08d}.png"
+      pictures.write_png(path, grid, min_side=512)
+      # Whole at any time, for those who look while it is written.
+      partial = self.latest.with_suffix(".partial")
+      path.copy(partial, overwrite=True)
+      partial.replace(self.latest)
     drawn = visualize.discriminator_pictures(self._real_images, shown)
     drawn["samples"] = grid
     scalars = {key: float(value) for key, value in scalars.items()}

@@ -201,10 +201,12 @@ def _make_evaluator(config, nets, images, mesh):
 def _evaluate(evaluator, config, workdir, state, data_state, writer):
   fake, _ = evaluator.features_of(state.g_ema_variables)
   record = evaluator.score(config, state, fake)
-  is_best = evaluate.save_if_best(workdir, record, config, state, data_state)
+  is_best = evaluate.is_best(workdir, record)
   if processes.is_primary():
     evaluate.report(record, is_best)
     writer.write(record["step"], record["scores"])
+  with writer.spared("scores"):
+    evaluate.keep(workdir, record, is_best, config, state, data_state)
 
 
 def _passes(config, step, every_kimg):
