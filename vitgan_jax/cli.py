@@ -162,9 +162,19 @@ def config_stem(path):
   return "-".join([pathlib.Path(file).stem, *argument])
 
 
+def _installed(argument):
+  """Has configs/NAME.py, where there is none, be what came with the package."""
+  match = re.fullmatch(r"(--?config=)?(configs/\w+\.py)(:.*)?", argument)
+  if match and not os.path.exists(match[2]):
+    path = pathlib.Path(__file__).parent.parent / match[2]
+    if path.exists():
+      return f"{match[1] or ''}{path}{match[3] or ''}"
+  return argument
+
+
 def _parse_flags(argv):
   try:
-    arguments = flags.FLAGS(argv)
+    arguments = flags.FLAGS([*map(_installed, argv)])
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a file that does not load is reported here
   except (AttributeError, KeyError) as error:  # an override of no field

@@ -32,6 +32,8 @@ class Evaluator:
   def __init__(self, nets, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
+    They must be as many as `compute.check_counts` wants.
+
     Args:
       nets: Networks of the run.
       images: PreparedImages, those of its dataset.
@@ -270,6 +272,7 @@ def evaluate(
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
           images = pipeline.load_images(config.data)
+        compute.check_counts(network, len(images), num_samples)
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
         record

@@ -16,7 +16,7 @@ from vitgan_jax import (
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import features
+from vitgan_jax.metrics import compute, features
 from vitgan_jax.models import networks
 from vitgan_jax.monitor import (
   MetricWriter,
@@ -67,6 +67,7 @@ def train_and_evaluate(config, workdir):
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size}: give more images or a smaller batch"
     )
+  network = _feature_network(config, images)
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
@@ -98,7 +99,9 @@ def train_and_evaluate(config, workdir):
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, nets, mesh, images, writer)
-    evaluator = _make_evaluator(config, nets, images, mesh)
+    evaluator = network and evaluate.Evaluator(
+      nets, images, mesh, network, config.evaluation.num_samples, seed=0
+    )
     train_steps = make_train_steps(config, nets, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
@@ -183,19 +186,19 @@ def _claim_workdir(config, workdir):
       )
 
 
-def _make_evaluator(config, nets, images, mesh):
+def _feature_network(config, images):
+  """Returns the FeatureNetwork of scores while training, or None without.
+
+  Raises:
+    ConfigError: if it cannot be had, or images are too few for its scores.
+  """
   if not config.evaluation.every_kimg:
     return None
   with processes.raise_together():
     network = features.load_network(config.evaluation.features)
-  return evaluate.Evaluator(
-    nets,
-    images,
-    mesh,
-    network,
-    config.evaluation.num_samples,
-    seed=0,
-  )
+  num_samples = config.evaluation.num_samples
+  compute.check_counts(network, len(images), num_samples)
+  return network
 
 
 def _evaluate(evaluator, config, workdir, state, data_state, writer):

@@ -1,5 +1,6 @@
 """All metrics of a set of generated images, under their full names."""
 
+from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import (
   fid,
   inception_score,
@@ -52,6 +53,24 @@ def scores(network, real, fake, long=False):
   values |= {f"{kernel}{count}": mean, f"{kernel}{count}_std": deviation}
   manifolds = precision_recall.precision_recall(real.features, fake.features)
   return values | {f"{k}{infix}{count}": v for k, v in manifolds.items()}
+
+
+def check_counts(network, num_real, num_fake):
+  """Raises a ConfigError if images are too few for `scores`; costs nothing.
+
+  Args:
+    network: FeatureNetwork.
+    num_real: how many real images there are.
+    num_fake: how many generated ones.
+  """
+  # Of the Fréchet distance and of the kernel distance; others need fewer.
+  needed = max(fid.least_images(network.num_features), kid.SUBSET_SIZE)
+  for kind, num in (("real", num_real), ("generated", num_fake)):
+    if num < needed:
+      raise ConfigError(
+        f"{num:,} {kind} images are too few for the scores by the features of "
+        f"{network.name}: take at least {needed:,}"
+      )
 
 
 def count_name(count):
