@@ -1,6 +1,8 @@
 """Orbax checkpoints of the whole training state and the place in the data."""
 
 import contextlib
+import os
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -79,7 +81,14 @@ def open_manager(workdir):
 
 
 def _directory(workdir):
-  return epath.Path(workdir).absolute() / "checkpoints"
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  if os.fspath(directory).encode(errors="replace") != os.fsencode(directory):
+    raise ConfigError(  # TensorStore knows UTF-8 alone
+      f"checkpoints in {workdir} need file names in UTF-8, and this process has "
+      f"them in {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give a "
+      "--workdir of plain letters"
+    )
+  return directory
 
 
 def save(manager, state, data_state):

@@ -175,7 +175,7 @@ def _prepare(data, path):
   unused = {kind: names for kind, names in unused.items() if names}
   if unused:
     text = json.dumps(unused, indent=2, ensure_ascii=False)
-    (partial / _UNUSED).write_text(text + "\n")
+    (partial / _UNUSED).write_text(text + "\n", "utf-8")
   _write_contact_sheet(partial, card)
   (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
   partial.rename(path)  # a folder of this name is whole
@@ -189,7 +189,7 @@ def summary(path):
   card, file = read_card(path), path / _UNUSED
   used, unused = card["num_images"], {"corrupt": card["skipped"]}
   if file.exists():
-    unused = json.loads(file.read_text())
+    unused = json.loads(file.read_text("utf-8"))
   else:  # an older version names the corrupt ones in the card alone
     file = path / "card.json"
   if not any(unused.values()):
