@@ -32,7 +32,7 @@ class Evaluator:
   def __init__(self, nets, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
-    They must be as many as `compute.check_counts` wants.
+    They must be as many as `compute.check_count` wants.
 
     Args:
       nets: Networks of the run.
@@ -255,6 +255,7 @@ def evaluate(
   network = network or config.evaluation.features
   with processes.raise_together():
     network = features.load_network(network, inception_weights)
+  compute.check_count(network, "generated", num_samples)
   nets = networks.build(config)
   mesh = partitioning.create_mesh()
   evaluator, lost = None, {}
@@ -272,7 +273,7 @@ def evaluate(
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
           images = pipeline.load_images(config.data)
-        compute.check_counts(network, len(images), num_samples)
+        compute.check_count(network, "real", len(images))
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
         record

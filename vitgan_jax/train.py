@@ -196,8 +196,8 @@ def _feature_network(config, images):
     return None
   with processes.raise_together():
     network = features.load_network(config.evaluation.features)
-  num_samples = config.evaluation.num_samples
-  compute.check_counts(network, len(images), num_samples)
+  compute.check_count(network, "real", len(images))
+  compute.check_count(network, "generated", config.evaluation.num_samples)
   return network
 
 

@@ -55,22 +55,21 @@ def scores(network, real, fake, long=False):
   return values | {f"{k}{infix}{count}": v for k, v in manifolds.items()}
 
 
-def check_counts(network, num_real, num_fake):
+def check_count(network, kind, num):
   """Raises a ConfigError if images are too few for `scores`; costs nothing.
 
   Args:
     network: FeatureNetwork.
-    num_real: how many real images there are.
-    num_fake: how many generated ones.
+    kind: "real" or "generated".
+    num: how many there are.
   """
   # Of the Fréchet distance and of the kernel distance; others need fewer.
   needed = max(fid.least_images(network.num_features), kid.SUBSET_SIZE)
-  for kind, num in (("real", num_real), ("generated", num_fake)):
-    if num < needed:
-      raise ConfigError(
-        f"{num:,} {kind} images are too few for the scores by the features of "
-        f"{network.name}: take at least {needed:,}"
-      )
+  if num < needed:
+    raise ConfigError(
+      f"{num:,} {kind} images are too few for the scores by the features of "
+      f"{network.name}: take at least {needed:,}"
+    )
 
 
 def count_name(count):

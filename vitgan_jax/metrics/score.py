@@ -101,7 +101,8 @@ def score(real_images, fake_images, network):
   Raises:
     ConfigError: if there are too few images.
   """
-  compute.check_counts(network, len(real_images), len(fake_images))
+  compute.check_count(network, "real", len(real_images))
+  compute.check_count(network, "generated", len(fake_images))
   extractor = features.Extractor(network, partitioning.create_mesh())
   real = reference.compute(extractor, real_images, len(real_images))
   progress = tqdm(
