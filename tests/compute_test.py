@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,31 @@ def test_too_few_images_are_an_error_of_one_line(num_fake):
 )
 def test_count_is_named(count, name):
   assert compute.count_name(count) == name
+
+
+@pytest.mark.parametrize("num_features", [16, 1100])
+def test_images_that_are_enough_are_known_before(num_features):
+  network = mock.Mock(num_features=num_features)
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(num_features + 1000, num_features))
+
+  def scores(num_real, num_fake):
+    moments = statistics.from_features(features[:num_real])
+    reference = Reference(moments, features[:num_real], None)
+    return compute.scores(
+      "tiny", reference, Features(features[:num_fake], None)
+    )
+
+  enough = max(1000, num_features + 1)
+  compute.check_count(network, "real", enough)
+  assert scores(enough, enough)
+  for kind, counts in (
+    ("real", (enough - 1, enough)),
+    ("generated", (enough, enough - 1)),
+  ):
+    with pytest.raises(config_lib.ConfigError, match="too few"):
+      scores(*counts)
+    with pytest.raises(
+      config_lib.ConfigError, match=f"{kind} images are too few.*{enough:,}$"
+    ):
+      compute.check_count(network, kind, enough - 1)

@@ -6,6 +6,7 @@ from PIL import Image
 import pytest
 
 from tests import runs
+from vitgan_jax import config as config_lib
 from vitgan_jax import visualize
 from vitgan_jax.data import pipeline
 
@@ -110,6 +111,23 @@ def test_all_pictures_are_drawn_from_the_workdir_alone(
   assert set(runs.snapshot(workdir)) - before == set(names)
   for path in paths:
     assert np.asarray(Image.open(path)).std() > 0
+  # Elsewhere, where the workdir can only be read.
+  assert set(runs.snapshot(workdir)) - before == set(names)
+  others = visualize.draw(workdir, tmp_path / "new" / "folder")
+  assert [path.parent for path in others] == [tmp_path / "new" / "folder"] * 3
+  for path, other in zip(paths, others):
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_folder_that_cannot_be_written_is_an_error_before_it_is_drawn(
+  digits_run, tmp_path, monkeypatch
+):
+  (tmp_path / "file").write_text("mine")
+  monkeypatch.setattr(visualize, "draw_curves", None)
+  with pytest.raises(
+    config_lib.ConfigError, match=r"--output=.*Not a directory"
+  ):
+    visualize.draw(digits_run.workdir, tmp_path / "file" / "new")
 
 
 def test_before_the_first_checkpoint_curves_are_drawn(digits_run, tmp_path):

@@ -84,9 +84,9 @@ def _directory(workdir):
   directory = epath.Path(workdir).absolute() / "checkpoints"
   if os.fspath(directory).encode(errors="replace") != os.fsencode(directory):
     raise ConfigError(  # TensorStore knows UTF-8 alone
-      f"checkpoints in {workdir} need file names in UTF-8, and those of this "
-      f"process are in {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give "
-      "a --workdir of plain letters"
+      f"checkpoints in {workdir} need file names in UTF-8, and this process "
+      f"has them in {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give a "
+      "--workdir of plain letters"
     )
   return directory
 
