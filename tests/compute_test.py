@@ -1,10 +1,11 @@
+import functools
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from vitgan_jax import config as config_lib
-from vitgan_jax.metrics import compute, fid, statistics
+from vitgan_jax.metrics import compute, fid, kid, statistics
 from vitgan_jax.metrics.feature_network import Features
 from vitgan_jax.metrics.reference import Reference
 
@@ -74,11 +75,14 @@ def test_count_is_named(count, name):
   assert compute.count_name(count) == name
 
 
-@pytest.mark.parametrize("num_features", [16, 1100])
-def test_images_that_are_enough_are_known_before(num_features):
+@pytest.mark.parametrize("num_features", [8, 40])
+def test_images_that_are_enough_are_known_before(num_features, monkeypatch):
+  small = functools.partial(kid.kernel_distance, subset_size=20)
+  monkeypatch.setattr(kid, "kernel_distance", small)
+  monkeypatch.setattr(kid, "SUBSET_SIZE", 20)
   network = mock.Mock(num_features=num_features)
   rng = np.random.default_rng(0)
-  features = rng.normal(size=(num_features + 1000, num_features))
+  features = rng.normal(size=(50, num_features))
 
   def scores(num_real, num_fake):
     moments = statistics.from_features(features[:num_real])
@@ -87,7 +91,7 @@ def test_images_that_are_enough_are_known_before(num_features):
       "tiny", reference, Features(features[:num_fake], None)
     )
 
-  enough = max(1000, num_features + 1)
+  enough = {8: 20, 40: 41}[num_features]
   compute.check_count(network, "real", enough)
   assert scores(enough, enough)
   for kind, counts in (

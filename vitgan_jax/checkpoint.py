@@ -115,6 +115,16 @@ def save(manager, state, data_state):
       )
 
 
+def wait(manager):
+  """Returns when what was saved is on the disk.
+
+  Raises:
+    ConfigError: if the disk is full.
+  """
+  with _saving(manager):
+    manager.wait_until_finished()
+
+
 def restore(manager, config, nets, mesh, step=None):
   """Returns the GANState of a checkpoint.
 

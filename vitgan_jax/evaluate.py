@@ -197,7 +197,7 @@ def keep(workdir, record, best, config, state, data_state):
   if best:
     with checkpoint.create_manager(workdir / "best") as manager:
       checkpoint.save(manager, state, data_state)
-      manager.wait_until_finished()
+      checkpoint.wait(manager)
       for step in manager.all_steps():
         if step != int(state.step):
           manager.delete(step)
