@@ -18,7 +18,7 @@ setuptools.setup(
   long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  packages=setuptools.find_packages(include=["vitgan_jax*"]),
+  packages=setuptools.find_packages(include=["vitgan_jax*", "configs"]),
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",

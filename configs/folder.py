@@ -7,8 +7,8 @@ Images of any kind, size and colour mode, at any depth. They are cropped to the
 largest centred square and resized. Class folders are kept as labels;
 `--config.data.num_classes=N`, as many as they are, gives them to both networks.
 
-The model is that of configs/celeba64.py. Patches are an eighth of the image,
-so that 64 tokens cover it at every size; the size must be a multiple of 16.
+The model is that of configs/celeba64.py. Patches are an eighth of the image, so
+that 64 tokens cover it at every size that is a multiple of 8, as it should be.
 `data.flip` mirrors images at random: turn it off where left and right matter,
 as in writing.
 """

@@ -26,8 +26,7 @@ import time
 from absl import flags
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from launch import units
 from vitgan_jax import cli
@@ -134,7 +133,8 @@ def run(jobs, num_slots, restarts, console):
           job.start(slot, slots[slot])
       new_states = [(job.state, job.starts) for job in jobs]
       if not console.is_terminal and new_states != states:
-        console.print(_table(jobs))  # a file has no picture that moves
+        # A file has no picture that moves, and no width.
+        console.print(_table(jobs), soft_wrap=True)
       states = new_states
       live.update(_table(jobs) if console.is_terminal else "", refresh=True)
       if not any(job.state == "running" for job in jobs):
@@ -143,21 +143,23 @@ def run(jobs, num_slots, restarts, console):
 
 
 def _table(jobs):
-  table = Table(box=None, pad_edge=False)
-  for column in ("work unit", "state", "starts", "time"):
-    table.add_column(column, no_wrap=True)
-  table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
+  """Returns the table, of which a narrow terminal cuts the last column."""
+  rows = [("work unit", "state", "starts", "time", "last line")]
   for job in jobs:
     minutes, seconds = divmod(int(job.seconds), 60)
-    state = _STYLES.get(job.state, "dim")
-    table.add_row(
-      job.unit.name,
-      f"[{state}]{job.state}[/]",
-      str(job.starts),
-      f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
-      escape(job.last_line),
+    clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    rows.append(
+      (job.unit.name, job.state, str(job.starts), clock, job.last_line)
     )
-  return table
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for name, state, *others in rows:
+    style = _STYLES.get(state, "dim")
+    cells = [name.ljust(widths[0]), (state.ljust(widths[1]), style)]
+    cells += map(str.ljust, others[:-1], widths[2:])
+    cells.append(others[-1])
+    lines.append(Text("  ").join(map(Text.assemble, cells)))
+  return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
 
 
 def _slots(count):
@@ -192,22 +194,25 @@ def _gpus():
 
 
 class _Stop:
-  """Passes Ctrl-C and SIGTERM on: the first saves, the second kills."""
+  """Passes Ctrl-C, SIGTERM and SIGHUP on: the first saves, the second kills.
+
+  A terminal that closes may send several SIGHUP: these kill nothing.
+  """
 
   def __init__(self, jobs):
     self.requested = False
     self._jobs = jobs
 
-  def _request(self, *unused):
-    signum = signal.SIGKILL if self.requested else signal.SIGTERM
+  def _request(self, signum, unused_frame):
+    final = self.requested and signum != signal.SIGHUP
+    for job in self._jobs if final or not self.requested else ():
+      job.signal(signal.SIGKILL if final else signal.SIGTERM)
     self.requested = True
-    for job in self._jobs:
-      job.signal(signum)
 
   def __enter__(self):
     self._before = {
       signum: signal.signal(signum, self._request)
-      for signum in (signal.SIGINT, signal.SIGTERM)
+      for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
       if signal.getsignal(signum) != signal.SIG_IGN  # as nohup wants it
     }
     return self

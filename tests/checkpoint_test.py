@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import resource
 import shutil
 
 import jax
@@ -296,3 +298,44 @@ def test_damaged_checkpoint_of_the_same_step_is_written_anew(saved, tmp_path):
     state = checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
   tiny.assert_bit_equal(state, saved[1][7])
   assert (workdir / "checkpoints" / "7.damaged" / "state").is_dir()
+
+
+# Orbax leaves the threads that failed, and what they were to wait for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_full_disk_is_one_line_and_older_checkpoints_stay_whole(tmp_path):
+  states = [random_state(step, seed=step) for step in (3, 7)]
+  with checkpoint.create_manager(tmp_path) as manager:
+    checkpoint.save(manager, states[0], {})
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with pytest.raises(config_lib.ConfigError) as error:
+    with checkpoint.create_manager(tmp_path) as manager:
+      # As much as a disk could be full: the system refuses to write on.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+      try:
+        checkpoint.save(manager, states[1], {})
+        checkpoint.wait(manager)
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "\n" not in str(error.value)
+  assert f"can be saved in {tmp_path}/checkpoints: File too large" in str(
+    error.value
+  )
+  with checkpoint.create_manager(tmp_path) as manager:
+    assert manager.all_steps() == [3]
+    state = checkpoint.restore(manager, CONFIG, NETS, mesh_of(1))
+    tiny.assert_bit_equal(state, states[0])
+    checkpoint.save(manager, states[1], {})  # now that there is room
+  with checkpoint.open_manager(tmp_path) as manager:
+    assert manager.all_steps() == [3, 7]
+
+
+def test_name_that_this_process_has_in_other_bytes_is_refused(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1"))
+  with checkpoint.create_manager(tmp_path / "plain"):
+    pass
+  with pytest.raises(config_lib.ConfigError, match="PYTHONUTF8=1"):
+    with checkpoint.create_manager(tmp_path / "bücher"):
+      pass
+  assert [path.name for path in tmp_path.iterdir()] == ["plain"]

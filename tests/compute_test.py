@@ -1,8 +1,11 @@
+import functools
+from unittest import mock
+
 import numpy as np
 import pytest
 
 from vitgan_jax import config as config_lib
-from vitgan_jax.metrics import compute, fid, statistics
+from vitgan_jax.metrics import compute, fid, kid, statistics
 from vitgan_jax.metrics.feature_network import Features
 from vitgan_jax.metrics.reference import Reference
 
@@ -105,3 +108,34 @@ def test_first_twenty_classes_are_scored_where_there_are_many():
 )
 def test_count_is_named(count, name):
   assert compute.count_name(count) == name
+
+
+@pytest.mark.parametrize("num_features", [8, 40])
+def test_images_that_are_enough_are_known_before(num_features, monkeypatch):
+  small = functools.partial(kid.kernel_distance, subset_size=20)
+  monkeypatch.setattr(kid, "kernel_distance", small)
+  monkeypatch.setattr(kid, "SUBSET_SIZE", 20)
+  network = mock.Mock(num_features=num_features)
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(50, num_features))
+
+  def scores(num_real, num_fake):
+    moments = statistics.from_features(features[:num_real])
+    reference = Reference(moments, features[:num_real], None)
+    return compute.scores(
+      "tiny", reference, Features(features[:num_fake], None)
+    )
+
+  enough = {8: 20, 40: 41}[num_features]
+  compute.check_count(network, "real", enough)
+  assert scores(enough, enough)
+  for kind, counts in (
+    ("real", (enough - 1, enough)),
+    ("generated", (enough, enough - 1)),
+  ):
+    with pytest.raises(config_lib.ConfigError, match="too few"):
+      scores(*counts)
+    with pytest.raises(
+      config_lib.ConfigError, match=f"{kind} images are too few.*{enough:,}$"
+    ):
+      compute.check_count(network, kind, enough - 1)

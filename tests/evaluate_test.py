@@ -14,7 +14,7 @@ from tests import checkpoint_test, monitor_test, networks, runs, tiny
 from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
-from vitgan_jax.metrics import features, score
+from vitgan_jax.metrics import features, reference, score
 
 NUM_SAMPLES = 1000
 
@@ -143,8 +143,9 @@ def record_of(step, value, seed=0):
 def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
   def keep(record):
     state = digits_run.state.replace(step=np.int32(record["step"]))
-    is_best = evaluate.save_if_best(
-      tmp_path, record, digits_run.config, state, {"next_image": 0}
+    is_best = evaluate.is_best(tmp_path, record)
+    evaluate.keep(
+      tmp_path, record, is_best, digits_run.config, state, {"next_image": 0}
     )
     with checkpoint.open_manager(tmp_path / "best") as manager:
       return is_best, manager.all_steps()
@@ -267,13 +268,14 @@ def test_best_that_is_damaged_gives_way_to_the_next(digits_run, tmp_path):
     ({"which": "first"}, "last, all, watch or a step"),
     ({"which": "5"}, "no checkpoint of step 5"),
     ({"num_samples": 0}, "--num_samples=0"),
-    ({"num_samples": 5}, "too few"),
+    ({"num_samples": 999}, "999 generated images are too few.*least 1,000"),
     ({"seed": -1}, "--seed=-1"),
   ],
 )
-def test_bad_arguments_are_errors_that_write_no_score(
-  workdir, arguments, message
+def test_bad_arguments_are_errors_before_anything_is_computed(
+  workdir, arguments, message, monkeypatch
 ):
+  monkeypatch.setattr(reference, "load", None)
   with pytest.raises(config_lib.ConfigError, match=message) as error:
     evaluate_quietly(workdir, **arguments)
   assert "\n" not in str(error.value)
@@ -317,3 +319,13 @@ def test_training_scores_itself(tmp_path, evaluated):
   ]
   assert [x["step"] for x in logged if "fd_tiny1k" in x] == [4, 8]
   assert (run.workdir / "best" / "config.json").exists()
+
+
+def test_scores_that_cannot_be_kept_are_printed_all_the_same(workdir, capsys):
+  (workdir / "best").write_text("in the way")
+  with pytest.raises(config_lib.ConfigError) as error:
+    evaluate.evaluate(workdir, "all", num_samples=NUM_SAMPLES)
+  output = capsys.readouterr().out
+  assert output.count("fd_tiny1k ") == 2
+  assert "the scores of step 4, 8, above, are not kept: " in str(error.value)
+  assert not (workdir / "scores.jsonl").exists()

@@ -1,5 +1,8 @@
+import dataclasses
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -234,3 +237,32 @@ def test_failed_units_are_named_and_may_be_started_again(fake, monkeypatch):
   assert code == 1
   assert errors.startswith("error: 1 of 2 work units failed; see ")
   assert errors.endswith("/0/log.txt\n")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_table_is_whole_in_80_columns(fake, is_terminal):
+  (job,) = jobs = fake.jobs("print('word ' * 40)")
+  job.unit = dataclasses.replace(job.unit, name="learning_rate=0.001,width=640")
+  output = io.StringIO()
+  console = Console(file=output, width=80, force_terminal=is_terminal)
+  local.run(jobs, 1, 0, console)
+  text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", output.getvalue())
+  row = [x for x in text.splitlines() if x.startswith(job.unit.name)][-1]
+  name, state, starts, clock, words = row.split(maxsplit=4)
+  assert (name, state, starts) == (job.unit.name, "done", "1")
+  assert re.fullmatch(r"0:00:\d\d", clock)
+  # The last column alone is cut, and that in a terminal only.
+  assert words.startswith("word word word ")
+  assert (len(row) == 80) == is_terminal
+  assert is_terminal or words.count("word") == 40
+
+
+def test_terminal_that_closes_lets_the_units_save():
+  job = mock.Mock()
+  with local._Stop([job]) as stop:
+    for _ in range(3):
+      signal.raise_signal(signal.SIGHUP)
+    assert stop.requested
+    job.signal.assert_called_once_with(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    job.signal.assert_called_with(signal.SIGKILL)

@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import re
 
 import jax
@@ -11,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 
 from tests import tiny
-from vitgan_jax import monitor
+from vitgan_jax import events, monitor
 
 
 @pytest.fixture
@@ -172,3 +174,30 @@ def test_run_shows_samples_and_the_insides_of_its_discriminator(digits_run):
   # Eight rows of an image and the map of its one block.
   assert images["attention"][8].shape == (8 * 68 - 4, 2 * 68 - 4, 3)
   assert not list(digits_run.workdir.glob("*.partial"))
+
+
+def full_disk(*unused_args, **unused_kwargs):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_run_goes_on_without_what_cannot_be_written(
+  tmp_path, monkeypatch, capsys
+):
+  (tmp_path / "metrics.jsonl").mkdir()  # in the way
+  with monitor.MetricWriter(tmp_path) as writer:
+    writer.write(2, {"loss/d": 0.5})
+    with monkeypatch.context() as patch:
+      patch.setattr(events.EventWriter, "write", full_disk)
+      for step in (4, 6):
+        writer.write(step, {"loss/d": 0.5})
+    (tmp_path / "metrics.jsonl").rmdir()
+    writer.write(8, {"loss/d": 0.5})
+  lines = sorted(capsys.readouterr().err.splitlines())  # each is told of once
+  assert [line.split(":")[0] for line in lines] == [
+    "The run goes on without TensorBoard's events",
+    "The run goes on without metrics.jsonl",
+  ]
+  assert "No space left on device" in lines[0]
+  # When there is room again, there are curves again.
+  assert read_lines(tmp_path) == [{"step": 8, "loss/d": 0.5}]
+  assert read_events(tmp_path)[0] == {"loss/d": {2: 0.5, 8: 0.5}}

@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import cifar10, digits, folder
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
+from vitgan_jax.config import ConfigError
 from vitgan_jax.models import networks
 
 CPU = partitioning.create_mesh(jax.devices()[:1])
@@ -117,3 +118,35 @@ def test_networks_have_what_the_config_says():
       assert field == "kind" or getattr(network, field) == value, field
     assert (network.image_size, network.num_classes) == (16, 10)
     assert (network.remat, network.dtype) == (True, np.dtype("bfloat16"))
+
+
+def sized(module, image_size):
+  config = module.get_config()
+  config.data.image_size = image_size
+  return config
+
+
+@pytest.mark.parametrize("image_size", [*range(8, 257, 8), 512, 1000])
+def test_every_multiple_of_8_is_a_size_of_the_users_own_images(image_size):
+  config = sized(folder, image_size)
+  networks.check(config)
+  for network in (config.generator, config.discriminator):
+    assert (image_size / network.patch_size) ** 2 == 64
+  assert config.discriminator.overlap == image_size // 16
+
+
+@pytest.mark.parametrize(
+  "module, image_size, nearest",
+  [(folder, 100, "96, 104"), (cifar10, 18, "16, 20"), (folder, 5, "8")],
+)
+def test_size_that_does_not_fit_is_refused_with_the_nearest_that_do(
+  module, image_size, nearest
+):
+  config = sized(module, image_size)
+  with pytest.raises(ConfigError) as error:
+    networks.check(config)
+  start = f"config.data.image_size={image_size} does not fit; the nearest that "
+  assert str(error.value).startswith(f"{start}do: {nearest} (")
+  assert config.data.image_size == image_size
+  for size in nearest.split(", "):
+    networks.check(sized(module, int(size)))

@@ -286,6 +286,33 @@ def test_known_folder_is_not_read_again(data, monkeypatch):
   assert prepare.prepared_path(data) == path
 
 
+def test_whole_dataset_is_opened_without_its_source(data, capsys):
+  prepared = pipeline.load_images(data)
+  cropped = data.copy_and_resolve_references()
+  cropped.crop = (0, 0, 8, 8)
+  pipeline.load_images(cropped)  # another one of the same source
+  os.rename(data.path, f"{data.path}.away")
+  assert prepare.prepared_path(data) == prepared.path
+  output = capsys.readouterr().out
+  assert f"Nothing is at {data.path} to compare with: {prepared.path}" in output
+  np.testing.assert_array_equal(pipeline.load_images(data)[:], prepared[:])
+  data.split = "train[:4]"  # of which nothing is prepared
+  with pytest.raises(config_lib.ConfigError, match="no folder or zip at"):
+    prepare.prepare(data)
+  data.update(split="train", path=f"{data.path}.other")
+  with pytest.raises(config_lib.ConfigError, match="no folder or zip at"):
+    prepare.prepare(data)
+
+
+def test_of_what_was_prepared_from_a_source_that_is_gone_the_last_counts(data):
+  first = prepare.prepare(data)
+  os.unlink(os.path.join(data.path, "00000.png"))
+  last = prepare.prepare(data)
+  os.utime(first, (1, 1))
+  shutil.rmtree(data.path)
+  assert prepare.prepared_path(data) == last != first
+
+
 def test_summary_names_what_was_not_used(tmp_path, small_shards):
   write_images(tmp_path / "images", 100)
   folder = tmp_path / "images"

@@ -168,7 +168,7 @@ def heard():
   """Signals that came to the handlers of before, which are not pytest's."""
   caught = []
   with contextlib.ExitStack() as stack:
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       before = signal.signal(signum, lambda signum, _: caught.append(signum))
       stack.callback(signal.signal, signum, before)
     yield caught
@@ -192,14 +192,24 @@ def test_signals_are_caught_during_the_run_only(heard):
   assert heard == [signal.SIGINT, signal.SIGTERM]
 
 
-def test_signal_that_is_ignored_stays_so(heard):
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+def test_terminal_that_closes_may_send_several_signals(heard):
   with processes.StopSignal() as stop:
-    signal.raise_signal(signal.SIGINT)
+    for _ in range(3):
+      signal.raise_signal(signal.SIGHUP)
+      assert stop.requested(2, 2) and not heard
+  signal.raise_signal(signal.SIGHUP)
+  assert heard == [signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_signal_that_is_ignored_stays_so(signum, heard):
+  signal.signal(signum, signal.SIG_IGN)
+  with processes.StopSignal() as stop:
+    signal.raise_signal(signum)
     assert not stop.requested(2, 2)
     signal.raise_signal(signal.SIGTERM)
     assert stop.requested(4, 2)
-  assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+  assert signal.getsignal(signum) == signal.SIG_IGN
 
 
 @pytest.mark.slow

@@ -130,3 +130,12 @@ def test_two_processes_get_the_numbers_of_one(images, tmp_path):
       result["cov"], expected.statistics.cov, atol=1e-6
     )
     np.testing.assert_allclose(result["features"], expected.features, atol=1e-6)
+
+
+def test_reference_that_cannot_be_kept_is_used(images, capsys):
+  (images.path.parent / "references").write_text("in the way")
+  result = reference.load(extractor(), images, 20)
+  assert result.statistics.num == 50 and len(result.features) == 20
+  _, errors = capsys.readouterr()
+  (line,) = [x for x in errors.splitlines() if "are not kept: " in x]
+  assert "references" in line

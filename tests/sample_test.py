@@ -308,6 +308,19 @@ def test_output_that_is_there_is_left_alone(workdir, output):
   assert runs.snapshot(workdir) == before
 
 
+def test_output_that_cannot_be_made_is_an_error_before_it_is_drawn(
+  workdir, monkeypatch
+):
+  (workdir / "file").write_text("mine")
+  before = runs.snapshot(workdir)
+  monkeypatch.setattr(sample, "make_sampler", None)
+  with pytest.raises(
+    config_lib.ConfigError, match=r"--output=.*/file/new: Not"
+  ):
+    sample.sample(workdir, 2, 0, workdir / "file" / "new")
+  assert runs.snapshot(workdir) == before
+
+
 def test_workdir_without_checkpoints_is_an_error_and_left_alone(workdir):
   shutil.rmtree(workdir / "checkpoints")
   before = runs.snapshot(workdir)

@@ -1,10 +1,13 @@
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
 import pytest
+import requests
 import tensorflow_datasets as tfds
+import urllib3
 
 from configs import (
   celeba64,
@@ -490,3 +493,23 @@ def test_data_dir_must_be_a_local_folder():
   data = data_config("gs://bucket/data", "cifar10")
   with pytest.raises(config_lib.ConfigError, match="gs://bucket/data"):
     pipeline.load_images(data)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "lsun/bedroom"])
+def test_host_that_does_not_answer_is_given_up_soon(
+  dataset, tmp_path, monkeypatch
+):
+  waits = []
+
+  def connect(address, timeout=None, **kwargs):
+    waits.append(timeout)
+    raise TimeoutError("timed out")
+
+  monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
+  send = requests.adapters.HTTPAdapter.send
+  begin = time.monotonic()
+  with pytest.raises(config_lib.ConfigError, match="Timeout") as error:
+    pipeline.load_images(data_config(tmp_path, dataset))
+  assert "\n" not in str(error.value)
+  assert waits and time.monotonic() - begin + sum(waits) < 30
+  assert requests.adapters.HTTPAdapter.send is send  # of other users

@@ -129,6 +129,17 @@ def test_run_with_nothing_to_draw_is_an_error(digits_run, tmp_path):
   assert not (tmp_path / "curves.png").exists()
 
 
+def test_folder_that_cannot_be_written_is_an_error_before_it_is_drawn(
+  digits_run, tmp_path, monkeypatch
+):
+  (tmp_path / "file").write_text("mine")
+  monkeypatch.setattr(visualize, "draw_curves", None)
+  with pytest.raises(
+    config_lib.ConfigError, match=r"--output=.*Not a directory"
+  ):
+    visualize.draw(digits_run.workdir, tmp_path / "file" / "new")
+
+
 def test_before_the_first_checkpoint_curves_are_drawn(digits_run, tmp_path):
   for name in ("config.json", "metrics.jsonl"):
     shutil.copy(digits_run.workdir / name, tmp_path)
@@ -136,3 +147,7 @@ def test_before_the_first_checkpoint_curves_are_drawn(digits_run, tmp_path):
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 1, "loss')  # a torn line
   assert [path.name for path in visualize.draw(tmp_path)] == ["curves.png"]
+  folder = tmp_path / "new" / "folder"
+  (curves,) = visualize.draw(tmp_path, folder)
+  assert curves == folder / "curves.png"
+  assert curves.read_bytes() == (tmp_path / "curves.png").read_bytes()

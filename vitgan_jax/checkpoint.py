@@ -4,8 +4,11 @@ Orbax and zarr let some flipped bits pass. So a checkpoint holds the checksums
 of its files, written before it gets its name: it never is without them.
 """
 
+import contextlib
 import itertools
 import json
+import os
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -13,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, files, partitioning, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError, DamagedError
+from vitgan_jax.config import ConfigError, DamagedError, lasting_fault
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 
@@ -39,12 +42,16 @@ class Run(NamedTuple):
   state: Any
 
 
+@contextlib.contextmanager
 def create_manager(workdir, keep=None):
-  """Returns the CheckpointManager of a workdir, asynchronous, keeping last n.
+  """Yields the CheckpointManager of a workdir, asynchronous, keeping last n.
 
   Args:
     workdir: the run's folder; checkpoints are in its `checkpoints`.
     keep: how many checkpoints to keep; None is all of them.
+
+  Raises:
+    ConfigError: at its end, if one cannot be saved.
   """
   manager = ocp.CheckpointManager(
     _directory(workdir),
@@ -55,7 +62,26 @@ def create_manager(workdir, keep=None):
       ),
     ),
   )
-  return manager
+  try:
+    yield manager
+  finally:
+    with _saving(manager):
+      manager.close()
+
+
+@contextlib.contextmanager
+def _saving(manager):
+  """Raises a ConfigError for a disk that cannot be written."""
+  try:
+    yield
+  except (OSError, ValueError) as error:  # Orbax's, TensorStore's
+    reason = lasting_fault(error)
+    if not reason or isinstance(error, ConfigError):
+      raise
+    raise ConfigError(
+      f"no checkpoint can be saved in {manager.directory}: {reason}. Those "
+      "there are whole; when there is room, the same command goes on from them"
+    ) from error
 
 
 def open_manager(workdir):
@@ -71,7 +97,14 @@ def open_manager(workdir):
 
 
 def _directory(workdir):
-  return epath.Path(workdir).absolute() / "checkpoints"
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  if os.fspath(directory).encode(errors="replace") != os.fsencode(directory):
+    raise ConfigError(  # TensorStore knows UTF-8 alone
+      f"checkpoints in {workdir} need file names in UTF-8, and this process "
+      f"has them in {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give a "
+      "--workdir of plain letters"
+    )
+  return directory
 
 
 def _folder(manager, step):
@@ -87,23 +120,37 @@ def save(manager, state, data_state):
     manager: of `create_manager`.
     state: GANState.
     data_state: of the stream of batches, a dict for JSON.
+
+  Raises:
+    ConfigError: if the disk is full, or the one before could not be saved.
   """
   step = int(state.step)
-  manager.wait_until_finished()  # as saving does: the step before is written
-  if step in manager.all_steps():
-    try:
-      _check(manager, step)
-      return
-    except DamagedError as error:
-      _set_aside(manager, step, error)
-  manager.saved_step = step
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-    ),
-    force=True,  # also a step that comes before one that is there
-  )
+  with _saving(manager):
+    manager.wait_until_finished()  # as saving does: the step before is written
+    if step in manager.all_steps():
+      try:
+        _check(manager, step)
+        return
+      except DamagedError as error:
+        _set_aside(manager, step, error)
+    manager.saved_step = step
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+      ),
+      force=True,  # also a step that comes before one that is there
+    )
+
+
+def wait(manager):
+  """Returns when what was saved is on the disk.
+
+  Raises:
+    ConfigError: if the disk is full.
+  """
+  with _saving(manager):
+    manager.wait_until_finished()
 
 
 def _write_checksums(manager):

@@ -1,5 +1,9 @@
 """What all commands share: flags, quiet logs, and one line for bad input."""
 
+import builtins
+import contextlib
+import errno
+import io
 import os
 import pathlib
 import re
@@ -8,7 +12,7 @@ import sys
 from absl import app, flags, logging
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, lasting_fault
 
 # How a command ends, beside 0; what restarts runs goes by these. A failure
 # that another start may not meet, as a crash or a host that does not answer:
@@ -20,24 +24,125 @@ EXIT_FINAL = os.EX_CONFIG
 def run(main):
   """Runs `main(arguments)` of a command with what is left beside its flags.
 
-  A wrong flag, a config that does not load, and a ConfigError of `main` end the
-  process with one line on standard error and `EXIT_FINAL`.
+  A wrong flag, a config that does not load, a ConfigError of `main`, a fault of
+  the disk or no device for JAX end the process with one line on standard error.
+  What nobody reads any more, as of `| head -1`, ends nothing.
   """
   # TensorFlow only reads datasets and writes events here: keep it quiet.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  output, errors = map(_sturdy, (sys.stdout, sys.stderr))
 
   def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.ERROR)  # TensorFlow warns of itself
+      # TensorFlow warns of itself, and Orbax tells of each thread of a failed
+      # save with a trace: what is an error is raised, too.
+      logging.set_verbosity(logging.FATAL)
     try:
       main(argv[1:])
     except ConfigError as error:
       fail(error)
+    except OSError as error:
+      if error.errno is None:  # not of the system
+        raise
+      where = f"{error.filename}: " if error.filename else ""
+      code = EXIT_FINAL if lasting_fault(error) else EXIT_FAILED
+      fail(f"{where}{error.strerror}", code)
+    except (AssertionError, RuntimeError):  # JAX raises either
+      if not (reason := _missing_device()):
+        raise
+      fail(reason)
     except KeyboardInterrupt:  # while training, a run saves and ends by itself
       fail("interrupted", EXIT_FAILED)
+    if isinstance(output, _Sturdy) and (fault := output.fault()):
+      fail(f"what it printed is not whole: {fault.strerror}", EXIT_FAILED)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  try:
+    with (
+      contextlib.redirect_stdout(output),
+      contextlib.redirect_stderr(errors),
+    ):
+      app.run(guarded, flags_parser=_parse_flags)
+  except SystemExit:
+    # A notebook's `%run` shows it as an error of ours.
+    if not hasattr(builtins, "__IPYTHON__"):
+      raise
+  finally:
+    _forget_flags()
+
+
+class _Raw(io.FileIO):
+  """A file descriptor; what cannot be written to it is dropped.
+
+  Attributes:
+    fault: OSError of the last write that failed; None where nobody reads any
+      more, as a pipe or a terminal that is gone.
+  """
+
+  fault = None
+
+  def write(self, data):
+    """Writes all of the bytes, or none."""
+    try:
+      return super().write(data)
+    except OSError as error:
+      if error.errno not in (errno.EPIPE, errno.EIO):
+        self.fault = error
+      return len(data)
+
+
+class _Sturdy(io.TextIOWrapper):
+  """A text stream to which any text can be printed, at any time.
+
+  A run outlives who reads what it prints. Letters that a terminal does not have
+  are escaped.
+  """
+
+  def __init__(self, stream):
+    """Writes to where another stream does."""
+    stream.flush()
+    self._raw = _Raw(stream.fileno(), "w", closefd=False)
+    super().__init__(
+      io.BufferedWriter(self._raw),
+      stream.encoding,
+      "backslashreplace",
+      # The latter where Python shall not buffer, as by -u.
+      line_buffering=stream.line_buffering or stream.write_through,
+    )
+
+  def fault(self):
+    """Returns the OSError for which some text was lost, or None."""
+    self.flush()
+    return self._raw.fault
+
+
+def _sturdy(stream):
+  # Those of a notebook or of pytest have no descriptor of their own.
+  return _Sturdy(stream) if type(stream) is io.TextIOWrapper else stream
+
+
+def _forget_flags():
+  """Lets a command run again in this process, as by `%run` of IPython."""
+  for name in list(flags.FLAGS):
+    module = flags.FLAGS.find_module_defining_flag(name, "")
+    if module in (sys.argv[0], "launch.units") or name.startswith("config."):
+      delattr(flags.FLAGS, name)
+
+
+def _missing_device():
+  """Returns a line on why JAX has no device; "" if it has one."""
+  jax = sys.modules.get("jax")
+  try:
+    if jax:
+      jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    reason = str(error).split("\n")[0] or "nothing of that name is installed"
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return (
+      f"no device for JAX_PLATFORMS={platforms!r}: {reason}. Leave it out, or "
+      "install the accelerator's JAX (README, Start)"
+    )
+  return ""
 
 
 def fail(message, code=EXIT_FINAL):
@@ -74,6 +179,16 @@ def define_path(name, default, text):
   return flags.DEFINE(_PathParser(), name, default, text, serializer=serializer)
 
 
+def _installed(argument):
+  """Has configs/NAME.py, where there is none, be what came with the package."""
+  match = re.fullmatch(r"(--?config=)?(configs/\w+\.py)(:.*)?", argument)
+  if match and not os.path.exists(match[2]):
+    path = pathlib.Path(__file__).parent.parent / match[2]
+    if path.exists():
+      return f"{match[1] or ''}{path}{match[3] or ''}"
+  return argument
+
+
 def _parse_flags(argv):
   try:
     # Of ml_collections, whose parser leaves "~" as it is.
@@ -82,7 +197,7 @@ def _parse_flags(argv):
       found[1] + files.expand(found[2]) if (found := config.fullmatch(x)) else x
       for x in argv
     ]
-    arguments = flags.FLAGS(argv)
+    arguments = flags.FLAGS([*map(_installed, argv)])
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a file that does not load is reported here
   except (AttributeError, KeyError) as error:  # an override of no field

@@ -1,12 +1,13 @@
 """Compiled programs that are kept on the disk, for the next start."""
 
 import os
+import warnings
 
 from etils import epath
 import jax
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, check_writable
 
 _MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
 
@@ -26,17 +27,13 @@ def use_cache(folder):
     return
   try:
     path = epath.Path(files.expand(folder))
-    probe = path / f"writable{os.getpid()}"
-    path.mkdir(parents=True, exist_ok=True)
     # JAX would warn of each program, and of a file in its place with a trace.
-    probe.touch()
-    probe.unlink(missing_ok=True)  # of a process of another host, it may be
-  except (OSError, ConfigError) as error:
-    files.tell(
-      f"Compiled programs are not kept: config.compilation_cache={folder}: "
-      f"{getattr(error, 'strerror', None) or error}"
-    )
+    check_writable(path, "config.compilation_cache")
+  except ConfigError as error:
+    files.tell(f"Compiled programs are not kept: {error}")
     return
+  # Of a disk that fills up later; of each program, too.
+  warnings.filterwarnings("ignore", "Error writing persistent compilation")
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS

@@ -1,6 +1,8 @@
 """Checks, names, saves and loads a run's config."""
 
+import errno
 import json
+import os
 
 from etils import epath
 import ml_collections
@@ -92,12 +94,52 @@ _OPTIMIZER_FIELDS = {
 }
 
 
+# Of the system: what another start would meet again.
+_LASTING = [
+  os.strerror(getattr(errno, name))
+  for name in "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR EFBIG".split()
+]
+
+
 class ConfigError(ValueError):
   """Something that the user can put right; shown as one line."""
 
 
 class DamagedError(ConfigError):
   """A file is not what was written."""
+
+
+def lasting_fault(error):
+  """Returns why a disk or a path cannot be used, as a full one; else "".
+
+  Args:
+    error: an OSError, or what a library made of one.
+  """
+  return next((text for text in _LASTING if text in str(error)), "")
+
+
+def check_writable(folder, flag, remedy=""):
+  """Makes a folder, and sees whether files can be written into it.
+
+  Args:
+    folder: epath.Path.
+    flag: that gave it, for the message.
+    remedy: what else to do, the end of the message.
+
+  Raises:
+    ConfigError: if it cannot.
+  """
+  probe = folder / f"writable{os.getpid()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+      probe.write_bytes(b"\0" * 4096)  # a full disk takes names alone
+    finally:
+      probe.unlink(missing_ok=True)  # of a process of another host, it may be
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
+    ) from error
 
 
 def check_fields(

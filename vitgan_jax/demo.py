@@ -200,7 +200,9 @@ def main(arguments):
       flush=True,
     )
     # As Ctrl-C: or the folder would stay.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(signum, signal.default_int_handler)
     page.block_thread()
 
 

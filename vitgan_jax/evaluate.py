@@ -33,6 +33,8 @@ class Evaluator:
   def __init__(self, nets, images, mesh, network, num_samples, seed):
     """Loads or computes the features of the real images.
 
+    They must be as many as `compute.check_count` wants.
+
     Args:
       nets: Networks of the run.
       images: PreparedImages, those of its dataset.
@@ -157,48 +159,60 @@ def read_records(workdir):
   return files.read_records(path, "step", "scores", "protocol")
 
 
-def save_if_best(workdir, record, config, state, data_state):
-  """Adds a record to scores.jsonl, and keeps the state if it is the best.
+def is_best(workdir, record):
+  """Says whether a record is the best of a run, in all processes.
 
   It is if its first score, the Fréchet distance, is the lowest of those by the
-  same protocol, or the one that was kept is damaged. It is kept in the folder
-  `best`, which is itself a workdir.
+  same protocol, or the one that was kept is damaged.
 
   Args:
     workdir: of the run.
     record: of `Evaluator.score`; None in processes but the first.
+  """
+  best = False
+  if processes.is_primary():
+    first = next(iter(record["scores"]))
+    best = not checkpoint.has_whole(epath.Path(workdir) / "best") or all(
+      record["scores"][first] < other["scores"].get(first, np.inf)
+      for other in read_records(workdir)
+      if other["protocol"] == record["protocol"]
+    )
+  return processes.broadcast_from_first(best)
+
+
+def keep(workdir, record, best, config, state, data_state):
+  """Adds a record to scores.jsonl, and keeps the state if it is the best.
+
+  That is in the folder `best`, which is itself a workdir.
+
+  Args:
+    workdir: of the run.
+    record: of `Evaluator.score`; None in processes but the first.
+    best: of `is_best`.
     config: of the run.
     state: GANState that was scored.
     data_state: what belongs to it; see `checkpoint.save`.
 
-  Returns:
-    Whether it is the best.
+  Raises:
+    ConfigError: if the workdir cannot be written into.
   """
-  best = epath.Path(workdir) / "best"
-  is_best = False
+  workdir = epath.Path(workdir)
   with processes.raise_together():
     if processes.is_primary():
-      first = next(iter(record["scores"]))
-      is_best = not checkpoint.has_whole(best) or all(
-        record["scores"][first] < other["scores"].get(first, np.inf)
-        for other in read_records(workdir)
-        if other["protocol"] == record["protocol"]
-      )
-      if is_best:
+      config_lib.check_writable(workdir, "--workdir")
+      if best:
         names = config_lib.class_names(workdir)
-        config_lib.claim_workdir(config, best, names)
-  is_best = processes.broadcast_from_first(is_best)
-  if is_best:
-    with checkpoint.create_manager(best) as manager:
+        config_lib.claim_workdir(config, workdir / "best", names)
+  if best:
+    with checkpoint.create_manager(workdir / "best") as manager:
       checkpoint.save(manager, state, data_state)
-      manager.wait_until_finished()
+      checkpoint.wait(manager)
       for step in manager.all_steps():
         if step != int(state.step):
           manager.delete(step)
   if processes.is_primary():
     # Last: what is recorded is not scored, nor kept, again.
-    files.append_record(epath.Path(workdir) / _SCORES, record)
-  return is_best
+    files.append_record(workdir / _SCORES, record)
 
 
 def evaluate(
@@ -249,9 +263,10 @@ def evaluate(
   network = network or config.evaluation.features
   with processes.raise_together():
     network = features.load_network(network, inception_weights)
+  compute.check_count(network, "generated", num_samples)
   nets = networks.build(config)
   mesh = partitioning.create_mesh()
-  evaluator = None
+  evaluator, lost = None, {}
   interpolate = sample.make_interpolator(nets, mesh)
   with checkpoint.open_manager(workdir) as manager:
     for step in _steps(manager, which, config_lib.total_steps(config)):
@@ -277,6 +292,7 @@ def evaluate(
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
           images = pipeline.load_images(config.data)
+        compute.check_count(network, "real", len(images))
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
         record
@@ -291,13 +307,23 @@ def evaluate(
       fake, first = evaluator.features_of(state.g_ema_variables)
       between = interpolate(state.g_ema_variables, seed)
       record = evaluator.score(config, state, fake, long=True)
-      is_best = save_if_best(workdir, record, config, state, data_state)
+      best = is_best(workdir, record)
       if processes.is_primary():
-        report(record, is_best)
-        neighbours_of = evaluator.with_neighbours(first, fake)
-        _draw(workdir, step, "neighbours", neighbours_of)
-        _draw(workdir, step, "interpolation", np.asarray(between))
-        _write_scalars(workdir, record)
+        report(record, best)
+      try:
+        keep(workdir, record, best, config, state, data_state)
+        if processes.is_primary():
+          neighbours_of = evaluator.with_neighbours(first, fake)
+          _draw(workdir, step, "neighbours", neighbours_of)
+          _draw(workdir, step, "interpolation", np.asarray(between))
+          _write_scalars(workdir, record)
+      except (OSError, config_lib.ConfigError) as error:
+        lost[step] = error
+  if lost:
+    steps = ", ".join(map(str, lost))
+    raise config_lib.ConfigError(
+      f"the scores of step {steps}, above, are not kept: {lost.popitem()[1]}"
+    )
 
 
 def _steps(manager, which, total_steps):

@@ -124,9 +124,8 @@ def main(arguments):
   cli.no_arguments(arguments)
   workdir = epath.Path(flags.FLAGS.workdir)
   scores = evaluate(workdir)
-  path = workdir / "digits.json"
-  path.write_text(json.dumps(scores, indent=2) + "\n")
-  print(table(scores))
+  print(table(scores), flush=True)  # first: it may be that nothing can be kept
+  (workdir / "digits.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What a training run shows: progress line, scalars, sample grids."""
 
+import contextlib
 import datetime
+import sys
 import time
 
 from etils import epath
@@ -94,29 +96,58 @@ class Profiler:
 
 
 class MetricWriter:
-  """Scalars to TensorBoard and, a line at a time, to metrics.jsonl."""
+  """Scalars to TensorBoard and, a line at a time, to metrics.jsonl.
+
+  Only the first process writes. What cannot be written ends no run.
+  """
 
   def __init__(self, workdir):
-    """Opens the files; all but the first process write nothing."""
+    """Opens no file yet."""
     self._workdir = epath.Path(workdir)
-    self._writer = None
-    if processes.is_primary():
-      self._writer = EventWriter(workdir)
+    self._events = None
+    self._told = set()
 
   def write(self, step, scalars, images=None):
     """Writes a dict of scalars and a dict of images, uint8 [H, W, 3]."""
-    if self._writer:
-      self._writer.write(step, scalars, images or {})
+    if not processes.is_primary():
+      return
+    with self.spared("TensorBoard's events"):
+      self._events = self._events or EventWriter(self._workdir)
+      try:
+        self._events.write(step, scalars, images or {})
+      except OSError:
+        self._close()  # behind half an event, none is read
+        raise
+    with self.spared("metrics.jsonl"):
       files.append_record(
         self._workdir / "metrics.jsonl", {"step": step, **scalars}
       )
+
+  @contextlib.contextmanager
+  def spared(self, what):
+    """Has a file that cannot be written not end the run; says so once."""
+    try:
+      yield
+    except (OSError, config_lib.ConfigError) as error:
+      if what not in self._told:
+        self._told.add(what)
+        print(
+          f"The run goes on without {what}: {error}",
+          file=sys.stderr,
+          flush=True,
+        )
+
+  def _close(self):
+    if self._events:
+      with contextlib.suppress(OSError):
+        self._events.close()
+    self._events = None
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused_exception):
-    if self._writer:
-      self._writer.close()
+    self._close()
 
 
 class SampleWriter:
@@ -126,7 +157,7 @@ class SampleWriter:
   """
 
   def __init__(self, config, workdir, nets, mesh, images, writer):
-    """Makes the folder `samples` in the workdir.
+    """Compiles nothing yet.
 
     Args:
       config: of the run.
@@ -138,8 +169,6 @@ class SampleWriter:
     """
     self.latest = epath.Path(workdir) / "grid.png"
     self._folder = epath.Path(workdir) / "samples"
-    if processes.is_primary():
-      self._folder.mkdir(exist_ok=True)
     self._count = config.num_sample_images
     self._sampler = sample_lib.make_sampler(nets, mesh)
     self._classes = sample_lib.grid_classes(nets.generator, self._count)
@@ -173,12 +202,14 @@ class SampleWriter:
     )
     if not processes.is_primary():
       return
-    path = self._folder / f"{step:08d}.png"
-    pictures.write_png(path, grid, min_side=512)
-    # Whole at any time, for those who look while it is written.
-    partial = self.latest.with_suffix(".partial")
-    path.copy(partial, overwrite=True)
-    partial.replace(self.latest)
+    with self._writer.spared("samples"):
+      self._folder.mkdir(exist_ok=True)
+      path = self._folder / f"{step:08d}.png"
+      pictures.write_png(path, grid, min_side=512)
+      # Whole at any time, for those who look while it is written.
+      partial = self.latest.with_suffix(".partial")
+      path.copy(partial, overwrite=True)
+      partial.replace(self.latest)
     drawn = visualize.discriminator_pictures(self._real_images, shown)
     drawn["samples"] = grid
     scalars = {key: float(value) for key, value in scalars.items()}

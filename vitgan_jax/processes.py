@@ -141,10 +141,11 @@ def broadcast_from_first(decision):
 
 
 class StopSignal:
-  """Turns the first SIGINT or SIGTERM into a request to save and stop.
+  """Turns the first SIGINT, SIGTERM or SIGHUP into a request to save and stop.
 
-  The second one does what it did before. A signal that is ignored stays so:
-  SIGINT is in what a shell script runs in the background.
+  The second one does what it did before; but SIGHUP, of which a terminal that
+  closes may send several. A signal that is ignored stays so: SIGINT is in what
+  a shell script runs in the background, SIGHUP under nohup.
 
   Where processes run together, SIGTERM to any of them is a request to all: JAX
   catches it, and passes it on.
@@ -173,12 +174,14 @@ class StopSignal:
 
   def _request(self, signum, unused_frame):
     self._requested = True
-    signal.signal(signum, self._before[signum])  # the second one is final
+    if signum != signal.SIGHUP:
+      signal.signal(signum, self._before[signum])  # the second one is final
     if self._together:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def __enter__(self):
-    caught = [signal.SIGINT] + [signal.SIGTERM] * (not self._together)
+    caught = [signal.SIGINT, signal.SIGHUP]
+    caught += [signal.SIGTERM] * (not self._together)
     self._before = {
       signum: signal.signal(signum, self._request)
       for signum in caught

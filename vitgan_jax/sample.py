@@ -265,8 +265,9 @@ def sample(workdir, num_samples, seed, output, classes=None):
   with processes.raise_together():
     classes = _find_classes(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
-  if processes.is_primary():
-    output.mkdir(parents=True, exist_ok=True)
+  with processes.raise_together():
+    if processes.is_primary():
+      config_lib.check_writable(output, "--output", "; give another --output")
   sampler = make_sampler(nets, mesh)
   batches = sample_images(
     sampler, state.g_ema_variables, seed, num_samples, classes

@@ -16,7 +16,7 @@ from vitgan_jax import (
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.gan_step import make_train_steps
-from vitgan_jax.metrics import features
+from vitgan_jax.metrics import compute, features
 from vitgan_jax.models import networks
 from vitgan_jax.monitor import (
   MetricWriter,
@@ -68,6 +68,7 @@ def train_and_evaluate(config, workdir):
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size}: give more images or a smaller batch"
     )
+  network = _feature_network(config, images)
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
@@ -100,7 +101,9 @@ def train_and_evaluate(config, workdir):
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, nets, mesh, images, writer)
-    evaluator = _make_evaluator(config, nets, images, mesh)
+    evaluator = network and evaluate.Evaluator(
+      nets, images, mesh, network, config.evaluation.num_samples, seed=0
+    )
     train_steps = make_train_steps(config, nets, mesh)
     total_steps = config_lib.total_steps(config)
     progress = Progress(config, first_step, total_steps)
@@ -167,28 +170,30 @@ def _claim_workdir(config, workdir, names):
       )
 
 
-def _make_evaluator(config, nets, images, mesh):
+def _feature_network(config, images):
+  """Returns the FeatureNetwork of scores while training, or None without.
+
+  Raises:
+    ConfigError: if it cannot be had, or images are too few for its scores.
+  """
   if not config.evaluation.every_kimg:
     return None
   with processes.raise_together():
     network = features.load_network(config.evaluation.features)
-  return evaluate.Evaluator(
-    nets,
-    images,
-    mesh,
-    network,
-    config.evaluation.num_samples,
-    seed=0,
-  )
+  compute.check_count(network, "real", len(images))
+  compute.check_count(network, "generated", config.evaluation.num_samples)
+  return network
 
 
 def _evaluate(evaluator, config, workdir, state, data_state, writer):
   fake, _ = evaluator.features_of(state.g_ema_variables)
   record = evaluator.score(config, state, fake)
-  is_best = evaluate.save_if_best(workdir, record, config, state, data_state)
+  is_best = evaluate.is_best(workdir, record)
   if processes.is_primary():
     evaluate.report(record, is_best)
     writer.write(record["step"], record["scores"])
+  with writer.spared("scores"):
+    evaluate.keep(workdir, record, is_best, config, state, data_state)
 
 
 def _passes(config, step, every_kimg):

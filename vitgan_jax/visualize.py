@@ -2,8 +2,8 @@
 
   python -m vitgan_jax.visualize --workdir=runs/digits
 
-draws into the workdir: curves.png; and, if there is a checkpoint, attention.png
-and sigma.png of the last one.
+draws into the workdir, or --output: curves.png; and, if there is a checkpoint,
+attention.png and sigma.png of the last one.
 """
 
 import collections
@@ -45,8 +45,12 @@ _PANELS = {
 _COLUMNS = 4
 
 
-def draw_curves(workdir):
+def draw_curves(workdir, output=None):
   """Draws `metrics.jsonl` of a workdir into `curves.png`.
+
+  Args:
+    workdir: of the run.
+    output: folder of the picture; None is the workdir.
 
   Returns:
     Its path; None where nothing was logged.
@@ -77,7 +81,7 @@ def draw_curves(workdir):
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
   figure.tight_layout()
-  path = workdir / "curves.png"
+  path = epath.Path(output or workdir) / "curves.png"
   with path.open("wb") as file:
     figure.savefig(file, dpi=80)
   return path
@@ -154,10 +158,14 @@ def sigma_picture(growth):
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def draw_discriminator(workdir):
+def draw_discriminator(workdir, output=None):
   """Draws `attention.png` and `sigma.png` of a workdir's last checkpoint.
 
   The images that it looks at are the run's samples: a workdir is enough.
+
+  Args:
+    workdir: of the run.
+    output: folder of the pictures; None is the workdir.
 
   Returns:
     The paths of the pictures, of what the discriminator shows.
@@ -179,24 +187,32 @@ def draw_discriminator(workdir):
   drawn = discriminator_pictures(samples, shown)
   paths = []
   for name, picture in drawn.items():
-    paths.append(epath.Path(workdir) / f"{name}.png")
+    paths.append(epath.Path(output or workdir) / f"{name}.png")
     pictures.write_png(paths[-1], picture)
   return paths
 
 
-def draw(workdir):
+def draw(workdir, output=None):
   """Draws all pictures of a workdir; returns their paths.
 
   Before the first checkpoint these are the curves alone; of `best`, which has
   no log, all but the curves.
 
+  Args:
+    workdir: of the run.
+    output: folder of the pictures; None is the workdir.
+
   Raises:
-    ConfigError: if the folder is not a workdir, or has nothing to draw.
+    ConfigError: if the folder is not a workdir, has nothing to draw, or the
+      other cannot be written.
   """
-  curves = draw_curves(workdir)
+  config_lib.load(workdir)  # before a folder is made
+  folder = epath.Path(output or workdir)
+  config_lib.check_writable(folder, "--output", "; give another --output")
+  curves = draw_curves(workdir, folder)
   checkpoints = (epath.Path(workdir) / "checkpoints").glob("*")
   if any(path.name.isdigit() for path in checkpoints):
-    return [curves] * bool(curves) + draw_discriminator(workdir)
+    return [curves] * bool(curves) + draw_discriminator(workdir, folder)
   if not curves:
     raise config_lib.ConfigError(
       f"there is nothing to draw in {workdir} yet: nothing was logged, and no "
@@ -208,10 +224,11 @@ def draw(workdir):
 def main(arguments):
   """Draws the pictures of --workdir."""
   cli.no_arguments(arguments)
-  paths = draw(flags.FLAGS.workdir)
+  paths = draw(flags.FLAGS.workdir, flags.FLAGS.output)
   print("The run's pictures are", ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":
   cli.define_path("workdir", "runs/digits", "Folder of the run.")
+  cli.define_path("output", None, "Folder of the pictures; default --workdir.")
   cli.run(main)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, source
-from vitgan_jax.data.paths import data_dir, manual_dir, not_downloaded
+from vitgan_jax.data.paths import data_dir, downloading, manual_dir
 
 _SCENES = (
   "classroom bedroom bridge church_outdoor conference_room dining_room kitchen "
@@ -77,20 +77,17 @@ def _find(data, published_name):
 
   url = f"http://dl.yf.io/lsun/{published_name}.zip"
   published = tfds.builder_cls("lsun")
-  try:
+  advice = (
+    f"Download {url} and put it, or the folder that it holds, into "
+    f"{manual_dir(data)}; or give the path as config.data.path"
+  )
+  with downloading(data, advice):
     manager = tfds.download.DownloadManager(
       download_dir=data_dir(data) / "downloads",
       url_infos=published.url_infos,  # with the checksums
       dataset_name=published.name,
     )
     path = manager.download(url)
-  except Exception as error:
-    raise not_downloaded(
-      data,
-      error,
-      f"Download {url} and put it, or the folder that it holds, into "
-      f"{manual_dir(data)}; or give the path as config.data.path",
-    ) from error
   return _folder_of(data, path)
 
 

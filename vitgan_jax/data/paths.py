@@ -1,10 +1,14 @@
 """Where datasets live on this machine."""
 
+import contextlib
 import os
 import pathlib
 
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError
+
+_CONNECT_SECONDS = 10
+_READ_SECONDS = 30  # without a byte
 
 
 def data_dir(data):
@@ -31,10 +35,34 @@ def manual_dir(data):
   return data_dir(data) / "downloads" / "manual"
 
 
-def not_downloaded(data, error, advice):
-  """Returns the ConfigError for a dataset that could not be downloaded."""
-  reason = (str(error).strip() or "no reason given").split("\n")[0]
-  return ConfigError(
-    f"dataset {data.dataset!r} is not in {data_dir(data)} and could not be "
-    f"downloaded ({type(error).__name__}: {reason}). {advice}"
-  )
+@contextlib.contextmanager
+def downloading(data, advice):
+  """Has a download by TFDS, inside, end soon where there is no network.
+
+  TFDS waits for a host that does not answer without end, and asks one that is
+  not found ten times, over 200 s. Here it is two times, and some seconds each.
+
+  Raises:
+    ConfigError: whatever TFDS raises, with advice on what to do.
+  """
+  import requests  # late: few need it
+
+  adapter = requests.adapters.HTTPAdapter
+  send = adapter.send
+
+  def send_or_give_up(self, request, **kwargs):
+    self.max_retries = self.max_retries.new(connect=1, read=0)
+    kwargs["timeout"] = (_CONNECT_SECONDS, _READ_SECONDS)
+    return send(self, request, **kwargs)
+
+  adapter.send = send_or_give_up
+  try:
+    yield
+  except Exception as error:  # network, quota, checksum, disk, manual files
+    reason = (str(error).strip() or "no reason given").split("\n")[0]
+    raise ConfigError(
+      f"dataset {data.dataset!r} is not in {data_dir(data)} and could not be "
+      f"downloaded ({type(error).__name__}: {reason}). {advice}"
+    ) from error
+  finally:
+    adapter.send = send

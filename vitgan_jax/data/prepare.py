@@ -12,6 +12,7 @@ checksums.
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 
@@ -38,18 +39,42 @@ _UNUSED = "unused.json"  # {kind: names}, where there is any
 def prepared_path(data):
   """Returns the folder of the prepared images of a config's `data`.
 
+  Where nothing is at data.path any more, it is the last that was prepared from
+  there; which is said, as nothing can be compared.
+
   Raises:
-    ConfigError: if data.path is given and nothing is there.
+    ConfigError: if data.path is given and nothing is there, nor prepared.
   """
+  folder = data_dir(data) / "vitgan_jax"
   name = [data.dataset, data.split, str(data.image_size)]
   if data.crop:
     name.append("x".join(map(str, data.crop)))
-  if data.path:
-    # Other images under the same path are another dataset.
-    known = data_dir(data) / "vitgan_jax" / ".fingerprints"
-    name.append(archives.fingerprint(data.path, known))
   name = re.sub(r"[^\w.=+-]", "_", "-".join(name))
-  return data_dir(data) / "vitgan_jax" / name
+  if not data.path:
+    return folder / name
+  known = folder / ".fingerprints"
+  if not os.path.exists(os.path.expanduser(data.path)) and (
+    found := _prepared_from(data.path, folder, name)
+  ):
+    print(
+      f"Nothing is at {data.path} to compare with: {found}, which was prepared "
+      "from it, is taken",
+      flush=True,
+    )
+    return found
+  # Other images under the same path are another dataset.
+  return folder / f"{name}-{archives.fingerprint(data.path, known)}"
+
+
+def _prepared_from(source, folder, name):
+  """Returns what was prepared last from a source, or None."""
+  pattern = re.compile(re.escape(name) + "-[0-9a-f]{12}")  # of no crop, either
+  made = [
+    path
+    for path in folder.glob(f"{name}-*")
+    if pattern.fullmatch(path.name) and read_card(path)["source"] == source
+  ]
+  return max(made, key=os.path.getmtime, default=None)
 
 
 def read_card(path):
@@ -150,7 +175,7 @@ def _prepare(data, path):
   unused = {kind: names for kind, names in unused.items() if names}
   if unused:
     text = json.dumps(unused, indent=2, ensure_ascii=False)
-    (partial / _UNUSED).write_text(text + "\n")
+    (partial / _UNUSED).write_text(text + "\n", "utf-8")
   _write_contact_sheet(partial, card)
   (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
   partial.rename(path)  # a folder of this name is whole
@@ -164,7 +189,7 @@ def summary(path):
   card, file = read_card(path), path / _UNUSED
   used, unused = card["num_images"], {"corrupt": card["skipped"]}
   if file.exists():
-    unused = json.loads(file.read_text())
+    unused = json.loads(file.read_text("utf-8"))
   else:  # an older version names the corrupt ones in the card alone
     file = path / "card.json"
   if not any(unused.values()):

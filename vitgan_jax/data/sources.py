@@ -11,7 +11,7 @@ import numpy as np
 
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, celeba, digits, lsun, source
-from vitgan_jax.data.paths import data_dir, manual_dir, not_downloaded
+from vitgan_jax.data.paths import data_dir, downloading, manual_dir
 
 
 def open_source(data):
@@ -94,16 +94,12 @@ def _of_tfds(data, advice=None):
       f"{hint} All names: https://www.tensorflow.org/datasets/catalog"
     ) from error
   key = image_key(builder)
-  try:
+  advice = advice or (
+    "Set config.data.data_dir to the folder that has it, or put the files that "
+    f"TFDS asks for into {manual_dir(data)}"
+  )
+  with downloading(data, advice):
     builder.download_and_prepare()
-  except Exception as error:  # network, quota, checksum, disk, manual files
-    raise not_downloaded(
-      data,
-      error,
-      advice
-      or "Set config.data.data_dir to the folder that has it, or put the files "
-      f"that TFDS asks for into {manual_dir(data)}",
-    ) from error
   info = builder.info
   keys, classes = [key], None
   label = dict(info.features).get("label")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vitgan_jax.config import ConfigError
 from vitgan_jax.metrics import (
   fid,
   inception_score,
@@ -104,6 +105,23 @@ def class_scores(network, real, fake, classes):
   if more := len(enough) - len(values):
     skipped.append(f"{more:,} classes after the first {_MAX_CLASSES}")
   return values, "; ".join(skipped)
+
+
+def check_count(network, kind, num):
+  """Raises a ConfigError if images are too few for `scores`; costs nothing.
+
+  Args:
+    network: FeatureNetwork.
+    kind: "real" or "generated".
+    num: how many there are.
+  """
+  # Of the Fréchet distance and of the kernel distance; others need fewer.
+  needed = max(fid.least_images(network.num_features), kid.SUBSET_SIZE)
+  if num < needed:
+    raise ConfigError(
+      f"{num:,} {kind} images are too few for the scores by the features of "
+      f"{network.name}: take at least {needed:,}"
+    )
 
 
 def count_name(count):

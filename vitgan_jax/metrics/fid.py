@@ -130,13 +130,18 @@ def _smallest_subset(num_features):
   return 5000 * num_features // 2048  # below, 1 / N is a poor fit
 
 
+def least_images(num_features):
+  """Returns how many images of either kind a distance needs."""
+  return num_features + 1  # the mean takes one degree of freedom
+
+
 def _check(num_real, num_fake, real_shape, fake_shape):
   if real_shape != fake_shape:
     raise ConfigError(
       f"the real images have {real_shape[0]:,} features and the generated ones "
       f"{fake_shape[0]:,}: compute both with the same network"
     )
-  needed = real_shape[0] + 1  # the mean takes one degree of freedom
+  needed = least_images(real_shape[0])
   for kind, num in (("real", num_real), ("generated", num_fake)):
     if num < needed:
       raise ConfigError(

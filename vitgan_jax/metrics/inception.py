@@ -10,9 +10,9 @@ import functools
 import os
 import pathlib
 import shutil
+import sys
 import urllib.request
 
-from absl import logging
 from flax import traverse_util
 import jax
 from jax import lax
@@ -61,12 +61,12 @@ def _download(path, remedy):
   # Under a name of its own until it is verified: downloads may be broken off,
   # and two processes may start one.
   partial = path.with_suffix(f".partial{os.getpid()}")
-  logging.info("Downloading %s", URL)
+  print(f"Downloading {URL}", file=sys.stderr, flush=True)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with (
-        urllib.request.urlopen(URL, timeout=60) as response,
+        urllib.request.urlopen(URL, timeout=15) as response,
         open(partial, "wb") as file,
       ):
         shutil.copyfileobj(response, file)

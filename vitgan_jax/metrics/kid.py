@@ -4,9 +4,15 @@ import numpy as np
 
 from vitgan_jax.config import ConfigError
 
+SUBSET_SIZE = 1000
+
 
 def kernel_distance(
-  real_features, fake_features, seed=2020, num_subsets=100, subset_size=1000
+  real_features,
+  fake_features,
+  seed=2020,
+  num_subsets=100,
+  subset_size=SUBSET_SIZE,
 ):
   """Returns the unbiased MMD^2 with the kernel (x . y / F + 1)^3.
 

@@ -1,6 +1,7 @@
 """What generated images are compared with: a dataset, seen by a network."""
 
 import dataclasses
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,16 +51,13 @@ def load(extractor, images, count):
     return known
   result = compute(extractor, images, count)
   if is_primary:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-      np.savez(
-        file,
-        **dataclasses.asdict(result.statistics),
-        features=result.features,
-        indices=result.indices,
+    try:
+      _write(path, result)
+    except OSError as error:
+      print(
+        f"The features of the real images are not kept: {error}",
+        file=sys.stderr,
       )
-    partial.rename(path)
   return result if is_primary else None
 
 
@@ -97,6 +95,19 @@ def _thousands(batches):
       waiting = []
   if waiting:
     yield np.concatenate(waiting)
+
+
+def _write(path, reference):
+  path.parent.mkdir(exist_ok=True)
+  partial = path.with_suffix(".partial")
+  with open(partial, "wb") as file:
+    np.savez(
+      file,
+      **dataclasses.asdict(reference.statistics),
+      features=reference.features,
+      indices=reference.indices,
+    )
+  partial.rename(path)
 
 
 def _read(path):

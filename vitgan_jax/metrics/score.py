@@ -140,6 +140,9 @@ def score(real, fake, network):
   """
   if network is None:
     return {"frechet_distance": fid.frechet_distance(real, fake)}
+  for kind, images in (("real", real), ("generated", fake)):
+    if not _is_statistics(images):
+      compute.check_count(network, kind, len(images))
   extractor = features.Extractor(network, partitioning.create_mesh())
   moments_of_real, moments_of_fake = map(_is_statistics, (real, fake))
   if not moments_of_real:

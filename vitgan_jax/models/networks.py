@@ -33,6 +33,7 @@ To add a network, write its class, with `check`, and an entry here. Nothing here
 imports JAX before a network is built: configs are plain data.
 """
 
+import copy
 import pkgutil
 from typing import NamedTuple
 
@@ -195,6 +196,37 @@ def check(config):
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
+  try:
+    _check(config)
+  except ConfigError as error:
+    # What follows from the size, as patches may, nobody wrote.
+    if not (sizes := _sizes_nearby(config)):
+      raise
+    raise ConfigError(
+      f"config.data.image_size={config.data.image_size} does not fit; the "
+      f"nearest that do: {', '.join(map(str, sizes))} ({error})"
+    ) from error
+
+
+def _sizes_nearby(config):
+  """Returns the next smaller and larger image sizes that pass, if any do."""
+  other = copy.deepcopy(config)  # in which others still follow from the size
+  size = config.data.image_size
+
+  def passes(candidate):
+    other.data.image_size = candidate
+    try:
+      _check(other)
+    except ConfigError:
+      return False
+    return True
+
+  below = next(filter(passes, range(size - 1, max(0, size - 64), -1)), None)
+  above = next(filter(passes, range(size + 1, size + 64)), None)
+  return [found for found in (below, above) if found]
+
+
+def _check(config):
   for network in TABLES:
     fields = config[network]
     kind = kind_of(network, fields.kind)
