@@ -256,8 +256,10 @@ def test_run_goes_on_without_pictures_that_cannot_be_written(
   def write_png(*unused_args, **unused_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
+  config = digits.get_config("smoke")
+  prepare.prepare(config.data)  # which draws a contact sheet
   monkeypatch.setattr(pictures, "write_png", write_png)
-  run = runs.train_quietly(digits.get_config("smoke"), tmp_path / "run")
+  run = runs.train_quietly(config, tmp_path / "run")
   assert saved_steps(run.workdir) == [4, 8]
   assert not list(run.workdir.rglob("*.png"))
   errors = capsys.readouterr().err
