@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import shutil
@@ -275,6 +276,27 @@ def test_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(
   assert "\n" not in str(error.value)
   assert saved_steps(workdir) == [4, 8]
   tiny.assert_bit_equal(restore(workdir, 8), digits_run.state)
+
+
+def test_run_goes_on_without_pictures_that_cannot_be_written(
+  tmp_path, monkeypatch, capsys
+):
+  def write_png(*unused_args, **unused_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  config = digits.get_config("smoke")
+  prepare.prepare(config.data)  # which draws a contact sheet
+  monkeypatch.setattr(pictures, "write_png", write_png)
+  run = runs.train_quietly(config, tmp_path / "run")
+  assert saved_steps(run.workdir) == [4, 8]
+  assert not list(run.workdir.rglob("*.png"))
+  errors = capsys.readouterr().err
+  assert errors.count("The run goes on without samples: ") == 1
+  # What was measured on them is logged all the same.
+  logged = [
+    x for x in monitor_test.read_lines(run.workdir) if "borders/step_ratio" in x
+  ]
+  assert [x["step"] for x in logged] == [4, 8]
 
 
 def test_run_does_not_go_on_with_other_images(digits_run, tmp_path):
