@@ -62,6 +62,9 @@ def get_config():
   # "non_saturating", "hinge", "wasserstein" or "rpgan"
   config.loss.adversarial = "non_saturating"
   config.loss.bcr_weight = 10.0
+  # What an augmented view is compared with: the "image" itself, or another
+  # "augmented" view
+  config.loss.bcr_view = "image"
   config.loss.r1_gamma = 0.0
   config.loss.r2_gamma = 0.0
   config.loss.gradient_penalty = "exact"  # or "approximate", by differences
@@ -69,6 +72,8 @@ def get_config():
   config.loss.gradient_penalty_every = 0
   config.loss.lecam_weight = 0.0
   config.loss.lecam_from_step = 1_000  # its averages of logits start at 0
+  config.loss.path_length_weight = 0.0  # of a generator with styles
+  config.loss.path_length_every = 4  # steps from one to the next
 
   config.augment = ml_collections.ConfigDict()
   config.augment.probability = 0.8
@@ -107,7 +112,8 @@ def apply_argument(config, arg):
   Args:
     config: of an experiment.
     arg: words with commas between: "g=KIND" and "d=KIND" for another generator
-      or discriminator of `networks`, with its defaults; "smoke" for the same
+      or discriminator of `networks`, with its defaults and the losses that it
+      cannot do without; "smoke" for the same
       networks and data in a size that trains, samples and saves within seconds.
       "" is the experiment itself.
 
@@ -125,6 +131,7 @@ def apply_argument(config, arg):
     if kind and kind != config[kinds[key]].kind:
       with config.unlocked():
         config[kinds[key]] = networks.fields_of(kinds[key], kind)
+        config.loss.update(networks.kind_of(kinds[key], kind).loss)
   if "smoke" in words:
     _shrink(config)
   return config

@@ -34,6 +34,7 @@ _CHOICES = {
   "dtype": ("float32", "bfloat16"),
   "implementation": ("auto", *IMPLEMENTATIONS),
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
+  "loss.bcr_view": ("image", "augmented"),
   "loss.gradient_penalty": ("exact", "approximate"),
   "evaluation.features": ("inception", "efficientnet"),
 }
@@ -46,6 +47,7 @@ _POSITIVE = (
   "accumulation",
   "fsdp",
   "data.image_size",
+  "loss.path_length_every",
   "ema.half_life_kimg",
   "evaluation.num_samples",
   "log_every_kimg",
@@ -64,6 +66,7 @@ _NOT_NEGATIVE = (
   "loss.r1_gamma",
   "loss.r2_gamma",
   "loss.lecam_weight",
+  "loss.path_length_weight",
   "augment.brightness",
   "augment.saturation",
   "augment.contrast",

@@ -93,7 +93,12 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
 
 
 def mean_w(nets, variables):
-  """Returns the mean of w [...] over latents, for truncation."""
+  """Returns the mean of w [...] over latents, for truncation.
+
+  It is the one that the generator keeps, or that of some latents.
+  """
+  if (kept := variables.get("averages", {}).get("w_avg")) is not None:
+    return kept
   generator = networks.plain(nets.generator)
 
   @jax.jit
