@@ -8,7 +8,13 @@ import pytest
 
 from tests import tiny
 from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
-from vitgan_jax import gan_step, monitor, partitioning, train_state
+from vitgan_jax import (
+  diff_augment,
+  gan_step,
+  monitor,
+  partitioning,
+  train_state,
+)
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
 
@@ -236,6 +242,34 @@ def test_metrics_match_numpy(name, turn):
     np.testing.assert_allclose(
       metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=key
     )
+
+
+def test_consistency_may_be_that_of_two_augmented_views():
+  changes = {"loss.bcr_view": "augmented", "augment.probability": 0.5}
+  before = known_state("hidden")
+  images = mirror_symmetric(IMAGES)
+  step = compiled(gan_step.d_step, "hidden", **changes)
+  after, metrics = step(before, batch_of("hidden", images))
+  # A view is the image, or all grey.
+  strengths = config_of("hidden").augment | {"probability": 0.5}
+  hidden = jnp.stack(
+    [
+      jax.vmap(
+        lambda key: jnp.all(diff_augment.draw(key, 8, **strengths)["cutout"][0])
+      )(keys)
+      for keys in gan_step.split_keys(KEYS, 9)
+    ]
+  )
+  logits = [
+    discriminate("hidden", before.d_params, after.d_model_state, x)
+    for x in (images / 127.5 - 1.0, COLOR, 0.0)
+  ]
+  expected = 0.0
+  for shown, first, second in ((logits[0], 2, 7), (logits[1], 3, 8)):
+    views = [np.where(hidden[i], logits[2], shown) for i in (first, second)]
+    expected += np.mean((views[0] - views[1]) ** 2)
+  assert expected > 1e-3
+  np.testing.assert_allclose(metrics["penalty/bcr"], expected, rtol=1e-3)
 
 
 def norm(tree):

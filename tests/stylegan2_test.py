@@ -12,7 +12,7 @@ from configs import lsun_bedroom128, stylegan2_cifar10
 from tests import tiny
 from tests.reference import normal
 from vitgan_jax import config as config_lib
-from vitgan_jax import gan_step, partitioning, train_state
+from vitgan_jax import gan_step, partitioning, train, train_state
 from vitgan_jax.models import networks, stylegan2
 from vitgan_jax.models.convolutions import draw_noise
 
@@ -79,8 +79,8 @@ def test_discriminator_is_that_of_torch(architecture, num_classes):
     4,
     to_torch(LABELS).long() if num_classes else None,
   ).numpy()
-  assert np.std(expected) > 0.1
-  assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+  assert np.std(expected) > 0.01
+  assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def millions(config):
@@ -118,7 +118,10 @@ def test_networks_have_the_published_size(
 
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_deviation_is_that_of_neighbours_on_any_number_of_devices(num_devices):
-  x = normal(32, 3, 3, 2) * np.arange(1, 33)[:, None, None, None]
+  x = (
+    normal(32, 3, 3, 2)
+    * np.arange(1.0, 33.0, dtype=np.float32)[:, None, None, None]
+  )
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
   spec = jax.P(partitioning.BATCH_AXES)
   function = functools.partial(stylegan2.minibatch_deviation, group_size=4)
@@ -138,7 +141,7 @@ def test_deviation_of_an_incomplete_group_is_that_of_smaller_ones():
   x = normal(6, 2, 2, 3)
   deviation = functools.partial(stylegan2.minibatch_deviation, x)
   np.testing.assert_array_equal(deviation(4), deviation(2))
-  assert np.all(deviation(1)[..., 3] == np.float32(1e-4))
+  assert_allclose(deviation(1)[..., 3], 1e-4, rtol=1e-5)  # of one: none
 
 
 def test_styles_are_mixed_in_training_alone():
@@ -169,39 +172,50 @@ def test_styles_are_mixed_in_training_alone():
 
 
 @functools.cache
-def step(num_devices):
-  """Returns (state before, state after, metrics) of a step at a turn of all."""
+def setting(num_devices):
+  """Returns the options of a step, a state, and a batch, at a turn of all."""
   config = small_config(
+    **tiny.NO_AUGMENTATION,
     **{
       "batch_size": 32,
       "data.image_size": 8,
+      "loss.bcr_weight": 0.0,
       "loss.path_length_weight": 2.0,
-    }
+    },
   )
   options = dict(
     config=config,
     nets=networks.build(config),
     mesh=partitioning.create_mesh(jax.devices()[:num_devices]),
   )
-  before = train_state.init_train_state(**options)
-  before = before.replace(path_length=jnp.float32(0.5))
-  images = tiny.random_images(config)
+  state = train_state.init_train_state(**options)
   keys = jax.random.split(jax.random.key(1), 32)
+  images = tiny.random_images(config)
   batch = {"images": images, "labels": None, "keys": keys}
-  split = partitioning.batch_sharding(options["mesh"])
-
-  @jax.jit
-  def steps(state, batch):
-    state, metrics = gan_step.d_step(state, batch, **options)
-    state, g_metrics = gan_step.g_step(state, batch, **options)
-    return state, {**metrics, **g_metrics}
-
-  return before, batch, *steps(before, jax.device_put(batch, split))
+  batch = jax.device_put(batch, partitioning.batch_sharding(options["mesh"]))
+  return options, state.replace(path_length=jnp.float32(0.5)), batch
 
 
+@functools.cache
+def generator_step(num_devices):
+  options, state, batch = setting(num_devices)
+  return jax.jit(functools.partial(gan_step.g_step, **options))(state, batch)
+
+
+def both_steps(num_devices):
+  options, state, batch = setting(num_devices)
+  step = jax.jit(functools.partial(gan_step.d_step, **options))
+  state_after_d, metrics = step(state, batch)
+  state, g_metrics = generator_step(num_devices)
+  return state.replace(d_opt_state=state_after_d.d_opt_state), {
+    **metrics,
+    **g_metrics,
+  }
+
+
+@pytest.mark.slow  # minibatch deviation and the generator are shown apart
 def test_devices_compute_what_one_does():
-  _, _, one, metrics = step(1)
-  _, _, many, many_metrics = step(8)
+  (one, metrics), (many, many_metrics) = both_steps(1), both_steps(8)
   for name, value in metrics.items():
     assert_allclose(
       many_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name
@@ -211,23 +225,25 @@ def test_devices_compute_what_one_does():
     tiny.leaves_by_name(
       tiny.to_host(
         (
-          s.g_model_state,
-          s.path_length,
-          *(o[0].mu for o in (s.g_opt_state, s.d_opt_state)),
+          state.g_model_state,
+          state.path_length,
+          state.g_opt_state[0].mu,
+          state.d_opt_state[0].mu,
         )
       )
     )
-    for s in (one, many)
+    for state in (one, many)
   )
   for name, value in one.items():
-    assert np.any(value != 0) or "noise_scale" in name, name
-    assert_allclose(many[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert np.any(value != 0), name
+    atol = 1e-5 * np.max(np.abs(value))
+    assert_allclose(many[name], value, rtol=1e-3, atol=atol, err_msg=name)
 
 
 def test_mean_of_w_and_path_length_move_in_the_generators_step():
-  before, batch, after, metrics = step(1)
-  config = small_config(**{"data.image_size": 8})
-  generator = networks.build(config).generator
+  options, before, batch = setting(1)
+  after, metrics = generator_step(1)
+  generator = options["nets"].generator
   z_keys, _, _, _, g_keys, _, noise_keys = gan_step.split_keys(batch["keys"], 7)
   z = gan_step.draw_latents(z_keys, 6)
   params = to_torch(before.g_params["mapping"])
@@ -247,7 +263,7 @@ def test_mean_of_w_and_path_length_move_in_the_generators_step():
     w = generator.apply(variables, z, None, g_keys, True, method="styles")
 
     def jacobian(w, key):
-      return jax.jacfwd(
+      return jax.jacrev(
         lambda w: generator.apply(
           variables, w[None], key[None], method="synthesize"
         )[0]
@@ -269,6 +285,17 @@ def test_mean_of_w_and_path_length_move_in_the_generators_step():
   assert_allclose(
     after.path_length, 0.99 * 0.5 + 0.01 * expected.mean(), rtol=1e-5
   )
+
+
+def test_group_must_be_whole_on_each_device(tmp_path):
+  config = small_config(**{"discriminator.group_size": 4, "batch_size": 16})
+  with pytest.raises(
+    config_lib.ConfigError,
+    match="=16 must be a multiple of the 8 devices times "
+    "config.discriminator.group_size=4",
+  ):
+    train.train_and_evaluate(config, tmp_path / "run")
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("network", ["generator", "discriminator"])

@@ -327,6 +327,10 @@ def failing(data):
   "fields, match",
   [
     ({"batch_size": 12}, "must be a multiple of the 8 devices"),
+    (
+      {"accumulation": 4, "batch_size": 16},
+      "batch_size=16 .* the 8 devices times config.accumulation=4",
+    ),
     ({"generator.num_heads": 3}, "must divide"),
     ({"data.dataset": "fails"}, "no data"),
     ({"data.split": "train[:5]"}, "has 5 images .*batch_size=8"),

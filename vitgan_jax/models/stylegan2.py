@@ -162,7 +162,7 @@ class Generator(nn.Module):
     x = self.param("constant", nn.initializers.normal(1.0), shape)
     x = jnp.broadcast_to(x.astype(self.dtype), (len(w), *shape))
     layers = [4] + [r for r in widths if r > 4 for _ in range(2)]
-    noise = draw_noise(keys, layers)
+    noise, images = draw_noise(keys, layers), None
     for i, resolution in enumerate(layers):
       is_last = i % 2 == 0  # at this resolution
       x = conv(
@@ -173,7 +173,8 @@ class Generator(nn.Module):
       )(x, w[:, i], noise[i])
       if is_last:
         rgb = ToRGB(self.dtype, name=f"rgb{resolution}")(x, w[:, i + 1])
-        images = rgb.astype(jnp.float32) + (upsample(images) if i else 0.0)
+        rgb = rgb.astype(jnp.float32)
+        images = rgb if images is None else upsample(images) + rgb
     return images
 
 
