@@ -32,10 +32,16 @@ NUM_PARAMETERS = {
   "folder": (16_108_803, 10_203_265),
   "folder:smoke": (20_291, 33_345),
   "digits:smoke": (20_291, 14_913),
+  "hybrid_cifar10": (16_985_479, 13_918_849),
+  "hybrid_cifar10:smoke": (59_303, 21_345),
   "lsun_bedroom128": (20_836_611, 7_835_521),
   "lsun_bedroom128:smoke": (20_291, 107_073),
   "lsun_bedroom64": (16_108_803, 10_203_265),
   "lsun_bedroom64:smoke": (20_291, 33_345),
+  "stylegan2_cifar10": (19_947_539, 20_720_641),
+  "stylegan2_cifar10:smoke": (24_627, 20_577),
+  "vanilla_vit": (8_447_280, 7_265_665),
+  "vanilla_vit:smoke": (13_424, 11_361),
 }
 
 # Metrics of the first step of a config's `:smoke`, on random images.
@@ -68,12 +74,35 @@ GOLDEN = {
     "scores/fake": 0.2123805,
     "scores/real": 0.02538729,
   },
+  "hybrid_cifar10": {
+    "loss/d": 1.560956,
+    "loss/g": 0.42834,
+    "penalty/bcr": 0.1456028,
+    "penalty/r1": 0.0009107775,
+    "scores/fake": 0.5407027,
+    "scores/real": 0.3502625,
+  },
   "lsun_bedroom128": {
     "loss/d": 1.365484,
     "loss/g": 0.6407501,
     "penalty/bcr": 0.159026,
     "scores/fake": 0.1679541,
     "scores/real": 0.2516685,
+  },
+  "stylegan2_cifar10": {
+    "loss/d": 1.389905,
+    "loss/g": 0.816027,
+    "penalty/r1": 0.03402038,
+    "scores/fake": -0.1369108,
+    "scores/real": -0.1276578,
+  },
+  "vanilla_vit": {
+    "loss/d": 1.45403,
+    "loss/g": 0.5160784,
+    "penalty/bcr": 0.08298185,
+    "penalty/r1": 0.1533521,
+    "scores/fake": 0.4233095,
+    "scores/real": 0.3830568,
   },
 }
 # These share the model and the training of celeba64.
@@ -248,7 +277,17 @@ def test_logs_samples_and_checkpoints_come_within_the_run(module):
       module,
       # Those that take longest to compile.
       marks=[pytest.mark.slow]
-      * (module in ("celeba64", "ffhq64", "lsun_bedroom128")),
+      * (
+        module
+        in (
+          "celeba64",
+          "ffhq64",
+          "hybrid_cifar10",
+          "lsun_bedroom128",
+          "stylegan2_cifar10",
+          "vanilla_vit",
+        )
+      ),
     )
     for module in MODULES
   ],

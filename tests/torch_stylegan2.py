@@ -7,7 +7,7 @@ images [B, C, H, W].
 import jax
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 _FILTER = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8])
 
@@ -22,14 +22,14 @@ def to_nchw(images):
 
 def blur(x, padding, gain=1.0):
   kernel = (gain * _FILTER).expand(x.shape[1], 1, 4, 4)
-  return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+  return functional.conv2d(x, kernel, padding=padding, groups=x.shape[1])
 
 
 def upsample(x):
   batch, channels, height, width = x.shape
   zeros = torch.zeros(batch, channels, 2 * height, 2 * width)
   zeros[:, :, ::2, ::2] = x
-  return blur(F.pad(zeros, (0, -1, 0, -1)), 2, gain=4.0)
+  return blur(functional.pad(zeros, (0, -1, 0, -1)), 2, gain=4.0)
 
 
 def downsample(x):
@@ -37,7 +37,7 @@ def downsample(x):
 
 
 def leaky_relu(x):
-  return F.leaky_relu(x, 0.2) * 2**0.5
+  return functional.leaky_relu(x, 0.2) * 2**0.5
 
 
 def dense(params, x, lr_multiplier=1.0):
@@ -54,12 +54,14 @@ def convolve(x, kernels, resample=None):
     # torch's transposed convolution turns the kernel over.
     kernels = kernels.flip((3, 4)).transpose(1, 2)
     kernels = kernels.reshape(batch * fan_in, fan_out, 3, 3)
-    y = F.conv_transpose2d(x, kernels, stride=2, groups=batch)
+    y = functional.conv_transpose2d(x, kernels, stride=2, groups=batch)
     y = y.reshape(batch, fan_out, *y.shape[2:])
     return blur(y, 1, gain=4.0)
   kernels = kernels.reshape(batch * fan_out, fan_in, 3, 3)
   stride, padding = (2, 0) if resample == "down" else (1, 1)
-  y = F.conv2d(x, kernels, stride=stride, padding=padding, groups=batch)
+  y = functional.conv2d(
+    x, kernels, stride=stride, padding=padding, groups=batch
+  )
   return y.reshape(batch, fan_out, *y.shape[2:])
 
 
@@ -94,7 +96,9 @@ def to_rgb(params, x, w):
 def mapping(params, latents, labels=None, lr_multiplier=0.01):
   inputs = [] if latents is None else [latents]
   if labels is not None:
-    one_hot = F.one_hot(labels, len(params["class_embedding"]["kernel"]))
+    one_hot = functional.one_hot(
+      labels, len(params["class_embedding"]["kernel"])
+    )
     inputs.append(dense(params["class_embedding"], one_hot.float()))
   w = [x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt() for x in inputs]
   w = torch.cat(w, dim=1)
