@@ -244,6 +244,7 @@ def test_metrics_match_numpy(name, turn):
     )
 
 
+@pytest.mark.slow  # another step to compile
 def test_consistency_may_be_that_of_two_augmented_views():
   changes = {"loss.bcr_view": "augmented", "augment.probability": 0.5}
   before = known_state("hidden")
@@ -251,7 +252,7 @@ def test_consistency_may_be_that_of_two_augmented_views():
   step = compiled(gan_step.d_step, "hidden", **changes)
   after, metrics = step(before, batch_of("hidden", images))
   # A view is the image, or all grey.
-  strengths = config_of("hidden").augment | {"probability": 0.5}
+  strengths = {**config_of("hidden").augment, "probability": 0.5}
   hidden = jnp.stack(
     [
       jax.vmap(

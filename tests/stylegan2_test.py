@@ -101,9 +101,9 @@ def test_bfloat16_and_remat_reach_layers_and_not_what_comes_out(name):
   assert actual.dtype == jnp.float32
   # Rounded at the end, all would have the last 16 bits zero.
   assert np.any(np.asarray(actual).view(np.uint32) & 0xFFFF)
-  # Layers round by 2**-9 each.
+  # Layers round by 2**-9 each; logits differ little from image to image.
   error = np.std(actual - exact) / np.std(exact)
-  assert 1e-4 < error < 0.05
+  assert 1e-4 < error < 0.2
 
 
 def millions(config):
