@@ -74,6 +74,8 @@ def get_config():
   config.loss.drift_weight = 0.0  # of (mean D(x))^2 of real images
   config.loss.lecam_weight = 0.0
   config.loss.lecam_from_step = 1_000  # its averages of logits start at 0
+  config.loss.path_length_weight = 0.0  # of a generator with styles
+  config.loss.path_length_every = 4  # steps from one to the next
 
   config.augment = ml_collections.ConfigDict()
   config.augment.probability = 0.8
@@ -112,7 +114,8 @@ def apply_argument(config, arg):
   Args:
     config: of an experiment.
     arg: words with commas between: "g=KIND" and "d=KIND" for another generator
-      or discriminator of `networks`, with its defaults; "smoke" for the same
+      or discriminator of `networks`, with its defaults and the losses that it
+      cannot do without; "smoke" for the same
       networks and data in a size that trains, samples and saves within seconds.
       "" is the experiment itself.
 
@@ -130,6 +133,7 @@ def apply_argument(config, arg):
     if kind and kind != config[kinds[key]].kind:
       with config.unlocked():
         config[kinds[key]] = networks.fields_of(kinds[key], kind)
+        config.loss.update(networks.kind_of(kinds[key], kind).loss)
   if "smoke" in words:
     _shrink(config)
   return config

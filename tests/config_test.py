@@ -10,7 +10,7 @@ from vitgan_jax import config as config_lib
 CHOICES = {
   "dtype": ["float32", "bfloat16"],
   "implementation": ["auto", "xla", "pallas", "interpret"],
-  "generator.kind": ["vitgan"],
+  "generator.kind": ["vitgan"],  # others have other fields
   "generator.latent_injection": ["sln", "add", "token"],
   "generator.attention": ["dot", "l2"],
   "generator.patch_decoder": ["implicit", "implicit_concat", "linear", "conv"],
@@ -20,6 +20,7 @@ CHOICES = {
   "g_optimizer.name": ["adam", "adamw"],
   "d_optimizer.decay": ["constant", "cosine"],
   "loss.adversarial": ["non_saturating", "hinge", "wasserstein", "rpgan"],
+  "loss.bcr_anchor": ["clean", "augmented"],
 }
 
 

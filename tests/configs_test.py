@@ -40,12 +40,18 @@ NUM_PARAMETERS = {
   "digits:smoke": (20_291, 14_913),
   "imagenet64": (16_640_643, 10_587_265),
   "imagenet64:smoke": (53_347, 65_345),
+  "hybrid_cifar10": (16_985_479, 13_918_849),
+  "hybrid_cifar10:smoke": (59_303, 21_345),
   "lsun_bedroom128": (20_836_611, 7_835_521),
   "lsun_bedroom128:smoke": (20_291, 107_073),
   "transgan_cifar10": (83_312_495, 10_210_400),
   "transgan_cifar10:smoke": (211_037, 43_768),
   "lsun_bedroom64": (16_108_803, 10_203_265),
   "lsun_bedroom64:smoke": (20_291, 33_345),
+  "stylegan2_cifar10": (19_947_539, 20_720_641),
+  "stylegan2_cifar10:smoke": (24_627, 20_577),
+  "vanilla_vit": (8_447_280, 7_265_665),
+  "vanilla_vit:smoke": (13_424, 11_361),
 }
 
 # Metrics of the first step of a config's `:smoke`, on random images.
@@ -114,12 +120,35 @@ GOLDEN = {
     "scores/fake": 0.04366149,
     "scores/real": 0.2274254,
   },
+  "hybrid_cifar10": {
+    "loss/d": 1.560956,
+    "loss/g": 0.42834,
+    "penalty/bcr": 0.1456028,
+    "penalty/r1": 0.0009107775,
+    "scores/fake": 0.5407027,
+    "scores/real": 0.3502625,
+  },
   "lsun_bedroom128": {
     "loss/d": 1.365484,
     "loss/g": 0.6407501,
     "penalty/bcr": 0.159026,
     "scores/fake": 0.1679541,
     "scores/real": 0.2516685,
+  },
+  "stylegan2_cifar10": {
+    "loss/d": 1.389905,
+    "loss/g": 0.816027,
+    "penalty/r1": 0.03402038,
+    "scores/fake": -0.1369108,
+    "scores/real": -0.1276578,
+  },
+  "vanilla_vit": {
+    "loss/d": 1.45403,
+    "loss/g": 0.5160784,
+    "penalty/bcr": 0.08298185,
+    "penalty/r1": 0.1533521,
+    "scores/fake": 0.4233095,
+    "scores/real": 0.3830568,
   },
 }
 # These share the model and the training of celeba64.

@@ -9,7 +9,13 @@ import pytest
 
 from tests import tiny
 from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
-from vitgan_jax import gan_step, monitor, partitioning, train_state
+from vitgan_jax import (
+  diff_augment,
+  gan_step,
+  monitor,
+  partitioning,
+  train_state,
+)
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
 

@@ -56,7 +56,7 @@ def reference_mapping(params, latents, lr_multiplier, labels=None):
 def test_mapping_matches_numpy(lr_multiplier, labels):
   latents = 3.0 * normal(4, 6)
   num_classes = 0 if labels is None else 3
-  mapping = MappingNetwork(3, lr_multiplier, num_classes)
+  mapping = MappingNetwork(6, 3, lr_multiplier, num_classes)
   params = init_params(mapping, latents, labels)
   expected = reference_mapping(params, latents, lr_multiplier, labels)
   w = apply(mapping, params, latents, labels)
@@ -65,7 +65,7 @@ def test_mapping_matches_numpy(lr_multiplier, labels):
 
 def test_mapping_keeps_the_scale_of_w_through_eight_layers():
   latents = normal(256, 256)
-  w, _ = jax.jit(MappingNetwork(8, 0.01).init_with_output)(
+  w, _ = jax.jit(MappingNetwork(256, 8, 0.01).init_with_output)(
     jax.random.key(0), latents
   )
   # A layer with the gain sqrt(2) multiplies the mean square by 1.04, one

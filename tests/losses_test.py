@@ -192,3 +192,30 @@ def test_gradient_penalty_matches_finite_differences_of_the_discriminator():
     # step of 0.02, against slopes of about 1e-2; and the third derivative.
     rtol=2e-3,
   )
+
+
+def test_path_lengths_match_finite_differences():
+  rng = np.random.default_rng(0)
+  w, noise = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 5, 3))
+  maps = rng.normal(size=(3, 4, 5 * 5 * 3))
+
+  def synthesize(w, numpy=np):
+    pixels = numpy.sin(numpy.einsum("blw,lwp->bp", w, maps))
+    return pixels.reshape(noise.shape)
+
+  squares = np.zeros((2, 3))
+  for layer, i in np.ndindex(3, 4):
+    step = np.zeros_like(w)
+    step[:, layer, i] = 1e-5
+    change = (synthesize(w + step) - synthesize(w - step)) / 2e-5
+    squares[:, layer] += (np.sum(change * noise, axis=(1, 2, 3)) / 5) ** 2
+  lengths = losses.path_lengths(
+    lambda w: synthesize(w, jnp), *as_float32(w, noise)
+  )
+  expected = np.sqrt(np.mean(squares, axis=1))
+  np.testing.assert_allclose(lengths, expected, rtol=1e-4)
+  np.testing.assert_allclose(
+    losses.path_length_penalty(lengths, 0.7),
+    np.mean((expected - 0.7) ** 2),
+    rtol=1e-4,
+  )

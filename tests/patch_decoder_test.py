@@ -7,13 +7,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
 from tests.reference import apply, init_params, normal
+from vitgan_jax.models.convolutions import draw_noise
 from vitgan_jax.models.patch_decoder import (
   ConcatDecoder,
   ConvDecoder,
   ImplicitDecoder,
   LinearDecoder,
-  ModulatedConv,
 )
+
+torch_stylegan2 = pytest.importorskip("tests.torch_stylegan2")
+to_nchw, to_torch = torch_stylegan2.to_nchw, torch_stylegan2.to_torch
 
 
 def dense(params, x):
@@ -115,49 +118,30 @@ def test_token_owns_the_pixels_of_its_tile(decoder):
   assert_array_equal(np.any(difference != 0, axis=-1), expected)
 
 
-def reference_modulated_conv(params, x, w):
-  """Convolves each image with its own modulated kernel, pixel by pixel."""
-  height, width, fan_in = x.shape[1:]
-  kernel = params["kernel"] / np.sqrt(9 * fan_in)
-  padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-  y = np.empty((*x.shape[:3], kernel.shape[-1]))
-  for b, i, j in np.ndindex(len(x), height, width):
-    weights = modulate(kernel, dense(params["style"], w[b]))
-    window = padded[b, i : i + 3, j : j + 3]
-    y[b, i, j] = np.sum(window[..., None] * weights, axis=(0, 1, 2))
-  return y + params["bias"]
-
-
-def test_modulated_conv_matches_weights_per_image():
-  x, w = normal(2, 4, 4, 5), normal(2, 6, seed=1)
-  params = init_params(ModulatedConv(3), x, w)
-  y = apply(ModulatedConv(3), params, x, w)
-  expected = reference_modulated_conv(params, x, w)
-  assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def double(x, axis):
-  """Doubles an axis bilinearly: the near pixel counts 3/4, the far one 1/4."""
-  x = np.moveaxis(x, axis, 0)
-  before = np.concatenate([x[:1], x[:-1]])
-  after = np.concatenate([x[1:], x[-1:]])
-  pairs = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=1)
-  return np.moveaxis(pairs.reshape(-1, *x.shape[1:]), 0, axis)
-
-
-def test_conv_decoder_matches_numpy():
+def test_conv_decoder_doubles_by_the_layers_of_stylegan2():
   y, w = normal(2, 4, 5), normal(2, 6, seed=1)
-  decoder = ConvDecoder(patch_size=4, hidden_dim=16)
-  params = init_params(decoder, y, w)
-  x = y.reshape(2, 2, 2, 5)
-  for octave, channels in enumerate([16, 8]):
-    x = double(double(x, 1), 2)
-    for i in range(2):
-      layer = params[f"octave{octave}_conv{i}"]
-      x = leaky_relu(reference_modulated_conv(layer, x, w))
-    assert x.shape[-1] == channels
-  images = apply(decoder, params, y, w)
-  assert_allclose(images, dense(params["rgb"], x), rtol=1e-4, atol=1e-4)
+  keys = jax.random.split(jax.random.key(0), 2)
+  decoder = ConvDecoder(patch_size=4, hidden_dim=8)
+  params = init_params(decoder, y, w, keys)
+  images = apply(decoder, params, y, w, keys)
+  noise = map(to_nchw, draw_noise(keys, [4, 4, 8, 8]))
+  params, w = to_torch((params, w))
+  x = to_nchw(y.reshape(2, 2, 2, 5))
+  for i, layer_noise in enumerate(noise):
+    x = torch_stylegan2.styled_conv(
+      params[f"conv{i}"], x, w, layer_noise, None if i % 2 else "up"
+    )
+  expected = torch_stylegan2.to_rgb(params["rgb"], x, w).permute(0, 2, 3, 1)
+  assert_allclose(images, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_decoder_has_fewer_channels_above_64_pixels():
+  y, w = jnp.zeros((1, 16**2, 5)), jnp.zeros((1, 6))
+  variables = jax.eval_shape(ConvDecoder(8, 384).init, jax.random.key(0), y, w)
+  kernels = [
+    variables["params"][f"conv{i}"]["conv"]["kernel"] for i in range(6)
+  ]
+  assert [x.shape[-1] for x in kernels] == [384, 384, 384, 384, 192, 192]
 
 
 @pytest.mark.parametrize("decoder_class", [ImplicitDecoder, ConcatDecoder])

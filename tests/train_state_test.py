@@ -56,6 +56,7 @@ def test_run_starts_at_step_zero_with_the_average_at_the_generator(state):
   assert state.step == 0 and state.step.dtype == jnp.int32
   tiny.assert_bit_equal(state.g_ema_variables, state.g_variables)
   assert state.logit_ema == {"real": 0.0, "fake": 0.0}
+  assert state.path_length == 0.0
 
 
 def test_no_two_leaves_share_a_buffer(state):

@@ -92,7 +92,8 @@ def test_every_part_of_the_state_is_trained(digits_run):
     "d_model_state/spectral/head_out/norm/u"
   ]  # one output, and so one number
   for name, leaf in last.items():
-    constant = name == "key" or name.endswith("/sigma_init")
+    # Path length is for StyleGAN2.
+    constant = name in ("key", "path_length") or name.endswith("/sigma_init")
     assert constant == np.array_equal(leaf, middle[name]), name
 
 
@@ -377,6 +378,10 @@ def failing(data):
   "fields, match",
   [
     ({"batch_size": 12}, "must be a multiple of the 8 devices"),
+    (
+      {"accumulation": 4, "batch_size": 16},
+      "batch_size=16 .* the 8 devices times config.accumulation=4",
+    ),
     ({"generator.num_heads": 3}, "must divide"),
     ({"data.dataset": "fails"}, "no data"),
     ({"data.split": "train[:5]"}, "has 5 images .*batch_size=8"),

@@ -25,6 +25,7 @@ from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
 
 LOGIT_EMA_DECAY = 0.99  # LeCam, Tseng et al. 2021
+PATH_LENGTH_DECAY = 0.99  # StyleGAN2, Karras et al. 2020, of turns
 
 
 def d_loss(d_params, batch, state, *, config, nets):
@@ -40,9 +41,8 @@ def d_loss(d_params, batch, state, *, config, nets):
   Returns:
     (loss, (metrics, the discriminator's model_state after this call)).
   """
-  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = (
-    split_keys(batch["keys"], 7)
-  )
+  keys = split_keys(batch["keys"], 9)
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = keys[:7]
   labels = batch["labels"]
   augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
   real_images = _real_images(config, batch["images"], flip_keys)
@@ -57,13 +57,11 @@ def d_loss(d_params, batch, state, *, config, nets):
 
   # The one call in a step that updates what the discriminator keeps.
   shown = [real_augmented, fake_augmented]
-  if config.loss.bcr_weight and config.loss.bcr_anchor == "clean":
-    shown += [real_images, fake_images]
-  elif config.loss.bcr_weight:
-    (other_keys,) = split_keys(real_keys, 1)
-    shown.append(augment(other_keys, real_images))
-    (other_keys,) = split_keys(fake_keys, 1)
-    shown.append(augment(other_keys, fake_images))
+  if config.loss.bcr_weight:
+    others = [real_images, fake_images]
+    if config.loss.bcr_anchor == "augmented":
+      others = list(map(augment, keys[7:], others))
+    shown += others
   variables = {"params": d_params, **state.d_model_state}
   logits, model_state = _discriminate(
     nets.discriminator, variables, shown, labels, d_keys, update=True
@@ -143,8 +141,8 @@ def g_loss(g_params, batch, state, *, config, nets):
   Returns:
     (loss, (metrics, the generator's model_state after this call)).
   """
-  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys = split_keys(
-    batch["keys"], 6
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = (
+    split_keys(batch["keys"], 7)
   )
   labels = batch["labels"]
   augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
@@ -173,7 +171,19 @@ def g_loss(g_params, batch, state, *, config, nets):
     (real_logits,), _ = discriminate(images=[augment(real_keys, real_images)])
   _, g_adversarial = losses.ADVERSARIAL_LOSSES[config.loss.adversarial]
   loss = g_adversarial(real_logits, fake_logits)
-  return _add_penalties(loss, {"loss/g": loss}, {}, {}, model_state)
+  metrics, penalties = {"loss/g": loss}, {}
+  if config.loss.path_length_weight:
+    penalties["path_length"], metrics["path_length/mean"] = _path_length(
+      config,
+      state,
+      functools.partial(
+        nets.generator.apply, {"params": g_params, **state.g_model_state}
+      ),
+      (latents, labels, g_keys),
+      noise_keys,
+    )
+  weights = {"path_length": config.loss.path_length_weight}
+  return _add_penalties(loss, metrics, penalties, weights, model_state)
 
 
 def d_step(state, batch, *, config, nets, mesh):
@@ -218,6 +228,10 @@ def g_step(state, batch, *, config, nets, mesh):
   updates, opt_state = optimizer.update(
     gradients, state.g_opt_state, state.g_params
   )
+  if config.loss.path_length_weight:
+    average, mean = state.path_length, metrics["path_length/mean"]
+    average = mean + (average - mean) * PATH_LENGTH_DECAY
+    state = state.replace(path_length=average)
   state = state.replace(
     g_params=optax.apply_updates(state.g_params, updates),
     g_model_state=model_state,
@@ -396,6 +410,39 @@ def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
     penalty[config.loss.gradient_penalty],
     lambda unused_images: jnp.zeros(()),
     images,
+  )
+
+
+def _path_length(config, state, apply, inputs, noise_keys):
+  """Regularises path length at every k-th step, k times as strongly.
+
+  Args:
+    config: of `configs/`.
+    state: GANState.
+    apply: of the generator, with its variables.
+    inputs: latents, labels and keys of its images.
+    noise_keys: [B], of the directions in the space of images.
+
+  Returns:
+    (penalty, mean length); at other steps 0 and the average of the lengths.
+  """
+  every = config.loss.path_length_every
+
+  def regularise():
+    def synthesize(w):
+      return apply(w, inputs[-1], True, method="synthesize")
+
+    w = apply(*inputs, True, method="styles")
+    shape = jax.eval_shape(synthesize, w).shape[1:]
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
+    lengths = losses.path_lengths(synthesize, w, noise)
+    penalty = losses.path_length_penalty(lengths, state.path_length)
+    return every * penalty, jnp.mean(lengths)
+
+  return lax.cond(
+    state.step % every == 0,
+    regularise,
+    lambda: (jnp.zeros(()), state.path_length),
   )
 
 

@@ -1,4 +1,4 @@
-"""Adversarial losses and discriminator penalties.
+"""Adversarial losses and penalties.
 
 All losses take logits [B], float32, without an activation, and return scalars.
 Pairs are `(discriminator loss, generator loss)`.
@@ -114,6 +114,24 @@ def approximate_gradient_penalty(discriminate, images, noise):
   step = 0.01
   change = discriminate(images + step * noise) - discriminate(images)
   return 0.5 * jnp.mean(jnp.square(change / step))
+
+
+def path_lengths(synthesize, w, noise):
+  """Returns ||J_w^T y||, [B] (Karras et al. 2020, section 3.2).
+
+  Args:
+    synthesize: maps w to images [B, S, S, 3].
+    w: [B, L, W], of each layer; the square of a length is the mean over layers.
+    noise: y ~ N(0, I), of the images' shape.
+  """
+  side = noise.shape[1]
+  slopes = jax.grad(lambda w: jnp.sum(synthesize(w) * noise) / side)(w)
+  return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(slopes), axis=2), axis=1))
+
+
+def path_length_penalty(lengths, average):
+  """E (||J_w^T y|| - a)^2, a their moving average (Karras et al. 2020)."""
+  return jnp.mean(jnp.square(lengths - average))
 
 
 def lecam(real_logits, fake_logits, logit_ema):

@@ -100,8 +100,12 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
 def mean_w(nets, variables):
   """Returns the mean of w [...] over latents, for truncation.
 
-  With classes it is that of each, [num_classes, ...].
+  It is the one that the generator keeps, or that of some latents; with classes
+  that of each of them, [num_classes, ...].
   """
+  kept = variables.get("averages", {}).get("w_avg")
+  if kept is not None and not nets.generator.num_classes:
+    return kept
   generator = networks.plain(nets.generator)
   num_classes = generator.num_classes
   num_latents = _NUM_CLASS_LATENTS if num_classes else _NUM_MEAN_LATENTS

@@ -1,6 +1,7 @@
 """The training loop: reads batches, runs steps, and keeps what they made."""
 
 import contextlib
+import math
 
 from clu import parameter_overview
 import jax
@@ -53,11 +54,15 @@ def train_and_evaluate(config, workdir):
   config_lib.validate(config)
   compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
-  if config.batch_size % (mesh.size * config.accumulation):
-    times = f" times config.accumulation={config.accumulation}"
+  factors = {
+    "accumulation": config.accumulation,
+    "discriminator.group_size": config.discriminator.get("group_size", 1),
+  }
+  if config.batch_size % (mesh.size * math.prod(factors.values())):
+    times = [f" times config.{k}={v}" for k, v in factors.items() if v > 1]
     raise config_lib.ConfigError(
       f"config.batch_size={config.batch_size} must be a multiple of the "
-      f"{mesh.size} devices{times if config.accumulation > 1 else ''}"
+      f"{mesh.size} devices{''.join(times)}"
     )
   with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)

@@ -34,6 +34,7 @@ class GANState:
     g_opt_state: of the generator's optimiser.
     d_opt_state: of the discriminator's.
     logit_ema: moving averages of the logits on real and fake images (LeCam).
+    path_length: moving average of the path lengths (StyleGAN2).
   """
 
   step: jax.Array
@@ -47,6 +48,7 @@ class GANState:
   g_opt_state: Any
   d_opt_state: Any
   logit_ema: Any
+  path_length: Any
 
   @property
   def g_variables(self):
@@ -131,6 +133,7 @@ def create_train_state(config, nets):
     g_opt_state=g_optimizer.init(g_params),
     d_opt_state=d_optimizer.init(d_params),
     logit_ema={"real": jnp.zeros(()), "fake": jnp.zeros(())},
+    path_length=jnp.zeros(()),
   )
 
 

@@ -42,26 +42,29 @@ class MappingNetwork(nn.Module):
   (Karras et al. 2020, ADA code).
 
   Attributes:
+    width: of z and w.
     depth: number of layers.
     lr_multiplier: their relative learning rate.
     num_classes: 0 is none.
   """
 
+  width: int
   depth: int
   lr_multiplier: float
   num_classes: int = 0
 
   @nn.compact
   def __call__(self, latents, labels=None):
-    """Maps z [B, latent_dim] and labels [B] to w [B, latent_dim], float32."""
-    width = latents.shape[-1]
-    w = normalise_second_moment(latents)
+    """Maps z [B, width], labels [B], or both, to w [B, width], float32."""
+    inputs = [] if latents is None else [latents]
     if self.num_classes:
       one_hot = jax.nn.one_hot(labels, self.num_classes)
-      embedding = Dense(width, name="class_embedding")(one_hot)
-      w = jnp.concatenate([w, normalise_second_moment(embedding)], axis=-1)
+      inputs.append(Dense(self.width, name="class_embedding")(one_hot))
+    w = jnp.concatenate([normalise_second_moment(x) for x in inputs], axis=-1)
     for i in range(self.depth):
-      layer = Dense(width, lr_multiplier=self.lr_multiplier, name=f"dense{i}")
+      layer = Dense(
+        self.width, lr_multiplier=self.lr_multiplier, name=f"dense{i}"
+      )
       w = leaky_relu(layer(w))
     return w
 
@@ -69,8 +72,8 @@ class MappingNetwork(nn.Module):
 class Generator(nn.Module):
   """ViT generator (ViTGAN, section 3.3), latents to images.
 
-  It draws nothing at random: `keys` and `train` are those of all generators,
-  see `networks`.
+  What it draws at random is the noise of the convolutional decoder. `keys` and
+  `train` are those of all generators, see `networks`.
 
   Attributes:
     image_size: S, pixels along a side.
@@ -145,7 +148,10 @@ class Generator(nn.Module):
   def setup(self):
     """Makes what is used by itself; `synthesize` makes the rest."""
     self.mapping = MappingNetwork(
-      self.mapping_depth, self.mapping_lr_multiplier, self.num_classes
+      self.latent_dim,
+      self.mapping_depth,
+      self.mapping_lr_multiplier,
+      self.num_classes,
     )
 
   def __call__(self, latents, labels=None, keys=None, train=False):
@@ -195,9 +201,9 @@ class Generator(nn.Module):
       h, _ = attention.unpack(h, grid**2, group)
     norm = norm(name="norm_out").weights(self.width, *condition)
     y = apply_rows(normalise, h, norm, implementation=self.implementation)
-    return self._decode(y, w).astype(jnp.float32)
+    return self._decode(y, w, keys).astype(jnp.float32)
 
-  def _decode(self, embeddings, w):
+  def _decode(self, embeddings, w, keys):
     if self.patch_decoder == "linear":
       decoder = LinearDecoder(self.patch_size, self.dtype, name="decoder")
       return decoder(embeddings)
@@ -205,7 +211,7 @@ class Generator(nn.Module):
       decoder = ConvDecoder(
         self.patch_size, self.decoder_dim, self.dtype, name="decoder"
       )
-      return decoder(embeddings, w)
+      return decoder(embeddings, w, keys)
     common = (self.patch_size, self.decoder_dim, self.fourier_scale)
     if self.patch_decoder == "implicit_concat":
       return ConcatDecoder(*common, self.dtype, name="decoder")(embeddings)

@@ -87,7 +87,7 @@ def _dot(a, b, a_axis, b_axis, dtype, result_dtype):
   )
 
 
-class _Equalized(nn.Module):
+class Equalized(nn.Module):
   """What dense and convolutional layers share: kernel, bias and their scales.
 
   Attributes:
@@ -130,7 +130,7 @@ class _Equalized(nn.Module):
     return Linear(kernel, bias * self.lr_multiplier, self.dtype)
 
 
-class Dense(_Equalized):
+class Dense(Equalized):
   """A dense layer with equalized learning rate."""
 
   def __call__(self, x):
@@ -142,7 +142,7 @@ class Dense(_Equalized):
     return self.weights(fan_in)(rows).reshape(*x.shape[:-1], self.features)
 
 
-class TokenConv(_Equalized):
+class TokenConv(Equalized):
   """A 3x3 convolution over a square grid of tokens.
 
   A class or latent token that comes after the grid has no neighbours: the

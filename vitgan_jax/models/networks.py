@@ -14,8 +14,10 @@ alike, with B images:
   train: whether this is training: batch statistics then are those of the batch.
 
 A generator is `synthesize(mapping(latents, labels), keys, train)`, where the
-latent w is between; one without a mapping network returns the latents. With a
-field `num_levels`, it gives so many levels of each image to train with,
+latent w is between; one without a mapping network returns the latents. One that
+mixes styles has `styles(latents, labels, keys, train)`, and synthesizes what
+this returns, w of each layer [B, L, W]; the path length penalty is for these.
+With a field `num_levels`, it gives so many levels of each image to train with,
 [B, S, S, 3 * levels], the image itself last. A discriminator with this field
 takes them, any other the last one; one level stands for all.
 
@@ -24,7 +26,8 @@ A class with `takes_classes = False` is refused where there are classes.
 What a network keeps beside its parameters lies in variable collections, and is
 the training state's `model_state`. A discriminator may be given real and
 generated images in one call, one kind after the other: a layer that compares
-images looks at neighbours.
+images looks at neighbours. Their number, a field `group_size`, divides what a
+device has of a batch.
 
 A network whose class has a field `implementation` computes by `kernels`, too.
 What it sows into "intermediates" is drawn by `diagnostics`.
@@ -50,11 +53,14 @@ class Kind(NamedTuple):
       a field `where` + its name.
     fields: {name: value}, the defaults of its part of the config.
     smoke: those that `:smoke` changes, to train within seconds.
+    loss: those of `config.loss` that it cannot do without; who chooses the kind
+      by `g=` or `d=` gets them.
   """
 
   path: str
   fields: dict
   smoke: dict
+  loss: dict = {}
 
   def load(self):
     """Returns the class."""
@@ -62,6 +68,8 @@ class Kind(NamedTuple):
 
 
 _SMALL = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
+# StyleGAN2's largest: base_channels / resolution, at most max_channels
+_CONFIG_F = dict(base_channels=32768, max_channels=512)
 # Size S; B is of width 768 and 12 heads, L of 1024, 16 and depth 24.
 _GAT = dict(patch_size=2, width=384, depth=12, num_heads=6, num_levels=4)
 _SMALL_GAT = dict(patch_size=4, width=32, depth=2, num_heads=2, num_levels=2)
@@ -89,6 +97,17 @@ GENERATORS = {
       fourier_scale=3.0,
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
+  ),
+  "stylegan2": Kind(
+    "vitgan_jax.models.stylegan2:Generator",
+    dict(
+      latent_dim=512,
+      mapping_depth=8,
+      mapping_lr_multiplier=0.01,
+      **_CONFIG_F,
+      style_mixing=0.9,  # probability, in training
+    ),
+    dict(latent_dim=32, mapping_depth=2, max_channels=16),
   ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Generator",
@@ -129,6 +148,19 @@ DISCRIMINATORS = {
       position_scale=3.0,
     ),
     _SMALL,
+  ),
+  "stylegan2": Kind(
+    "vitgan_jax.models.stylegan2:Discriminator",
+    dict(
+      **_CONFIG_F,
+      architecture="resnet",  # or "orig", without the linear branches
+      group_size=4,  # neighbours that minibatch deviation compares
+      mapping_depth=8,  # of the classes
+      mapping_lr_multiplier=0.01,
+    ),
+    dict(max_channels=16, group_size=1, mapping_depth=2),
+    # Nothing else bounds its slope. The gamma of DiffAugment's StyleGAN2.
+    dict(r1_gamma=0.1),
   ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Discriminator",
@@ -251,6 +283,13 @@ def _check(config):
       f"config.generator.num_levels={levels[0]} and "
       f"config.discriminator.num_levels={levels[1]} must be equal, or one of "
       "them 1"
+    )
+  kind = config.generator.kind
+  has_styles = hasattr(kind_of("generator", kind).load(), "styles")
+  if config.loss.path_length_weight and not has_styles:
+    raise ConfigError(
+      f"config.loss.path_length_weight={config.loss.path_length_weight} must "
+      f"be 0: config.generator.kind={kind!r} has no styles of its layers"
     )
 
 

@@ -7,19 +7,13 @@ Each decoder maps embeddings [B, N, D] of a square grid of patches to images
 from typing import Any
 
 from flax import linen as nn
-import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.kernels.rows import apply_rows
-from vitgan_jax.models.layers import (
-  Dense,
-  Linear,
-  SineEmbedding,
-  conv3x3,
-  leaky_relu,
-)
+from vitgan_jax.models.convolutions import StyledConv, ToRGB, draw_noise
+from vitgan_jax.models.layers import Dense, Linear, SineEmbedding, leaky_relu
 from vitgan_jax.models.patches import unpatchify
 
 NUM_CHANNELS = 3
@@ -163,13 +157,13 @@ def _to_images(pixels, batch, num_tokens, patch_size):
 class ConvDecoder(nn.Module):
   """Two modulated 3x3 convolutions per octave, up to the image's resolution.
 
-  The variant that the authors' code offers for faster convergence. Each octave
-  doubles the resolution and, but for the first, halves the channels; styles are
-  affine maps of w.
+  The variant that the authors' code offers for faster convergence, of the
+  layers of StyleGAN2. Each octave doubles the resolution, and above 64 pixels
+  halves the channels.
 
   Attributes:
     patch_size: a power of two: log2 of it is the number of octaves.
-    hidden_dim: channels of the first octave.
+    hidden_dim: channels.
     dtype: of the computation.
   """
 
@@ -178,47 +172,21 @@ class ConvDecoder(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, embeddings, w):
-    """Maps embeddings [B, N, D] and w [B, W] to images [B, S, S, 3]."""
+  def __call__(self, embeddings, w, keys=None):
+    """Maps embeddings [B, N, D] and w [B, W] to images [B, S, S, 3].
+
+    The keys [B] are those of the noise; None adds none.
+    """
     batch, num_tokens, width = embeddings.shape
     grid = int(np.sqrt(num_tokens))
     x = embeddings.reshape(batch, grid, grid, width)
-    for octave in range(int(np.log2(self.patch_size))):
-      x = jax.image.resize(
-        x, (batch, 2 * x.shape[1], 2 * x.shape[2], x.shape[3]), "bilinear"
-      )
-      channels = max(self.hidden_dim >> octave, 8)
-      for i in range(2):
-        name = f"octave{octave}_conv{i}"
-        x = ModulatedConv(channels, dtype=self.dtype, name=name)(x, w)
-        x = leaky_relu(x)
-    return Dense(NUM_CHANNELS, dtype=self.dtype, name="rgb")(x)
-
-
-class ModulatedConv(nn.Module):
-  """A 3x3 convolution whose input channels w scales, demodulated.
-
-  Scales the activations in place of the weights, which is equal (Karras et al.
-  2020, section 2.2) and lets the whole batch share one convolution.
-  """
-
-  features: int
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, w):
-    """Maps x [B, H, W, in] and w [B, W] to [B, H, W, features]."""
-    fan_in = x.shape[-1]
-    styles = Dense(fan_in, bias_init=1.0, dtype=self.dtype, name="style")(w)
-    kernel = self.param(
-      "kernel", nn.initializers.normal(1.0), (3, 3, fan_in, self.features)
-    ) / np.sqrt(9 * fan_in)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    squared = jnp.sum(jnp.square(kernel), axis=(0, 1))
-    demodulation = lax.rsqrt(
-      jnp.square(styles.astype(jnp.float32)) @ squared + 1e-8
-    )
-    x = x.astype(self.dtype) * styles[:, None, None, :]
-    y = conv3x3(x, kernel.astype(self.dtype))
-    y = y * demodulation[:, None, None, :].astype(self.dtype)
-    return y + bias.astype(self.dtype)
+    octaves = range(1, self.patch_size.bit_length())
+    layers = [grid << octave for octave in octaves for _ in range(2)]
+    for i, noise in enumerate(draw_noise(keys, layers)):
+      x = StyledConv(
+        self.hidden_dim // max(1, layers[i] // 64),
+        None if i % 2 else "up",
+        self.dtype,
+        name=f"conv{i}",
+      )(x, w, noise)
+    return ToRGB(self.dtype, name="rgb")(x, w)
