@@ -10,7 +10,6 @@ import pytest
 from tests import tiny
 from tests.losses_test import REFERENCE as ADVERSARIAL_REFERENCE
 from vitgan_jax import (
-  diff_augment,
   gan_step,
   monitor,
   partitioning,
