@@ -248,9 +248,11 @@ def test_what_a_crash_left_of_files_is_passed_over(evaluated, tmp_path, capsys):
 def test_best_that_is_damaged_gives_way_to_the_next(digits_run, tmp_path):
   def keep(record):
     state = digits_run.state.replace(step=np.int32(record["step"]))
-    return evaluate.save_if_best(
-      tmp_path, record, digits_run.config, state, {"next_image": 0}
+    best = evaluate.is_best(tmp_path, record)
+    evaluate.keep(
+      tmp_path, record, best, digits_run.config, state, {"next_image": 0}
     )
+    return best
 
   assert keep(record_of(5, 3.0))
   checkpoint_test.cut(tmp_path / "best" / "checkpoints" / "5")

@@ -14,6 +14,9 @@ from absl import app, flags, logging
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError, lasting_fault
 
+# What `define_path` defines is its caller's, in --help too.
+flags.disclaim_key_flags()
+
 # How a command ends, beside 0; what restarts runs goes by these. A failure
 # that another start may not meet, as a crash or a host that does not answer:
 EXIT_FAILED = 1
