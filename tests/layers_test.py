@@ -19,8 +19,10 @@ from vitgan_jax.models.layers import (
   SineEmbedding,
   TokenConv,
   cell_centres,
+  convolution,
   dense,
   leaky_relu,
+  nine_products,
 )
 
 
@@ -244,3 +246,13 @@ def test_sine_embeddings_of_cells_are_linearly_independent(grid_size, rank):
   module = SineEmbedding(grid_size, features=128, scale=3.0)
   embedding, _ = module.init_with_output(jax.random.key(0))
   assert np.linalg.matrix_rank(embedding) >= rank
+
+
+def test_convolution_of_accelerators_and_that_of_cpus_are_one():
+  x, kernel = normal(2, 4, 6, 3), normal(3, 3, 3, 5, seed=1)
+  assert_allclose(
+    jax.jit(nine_products)(x, kernel),
+    jax.jit(convolution)(x, kernel),
+    rtol=1e-4,
+    atol=1e-5,
+  )

@@ -44,8 +44,8 @@ def downsample(x):
 def convolve(x, kernel, resample=None):
   """Convolves [B, H, H, in] with [3, 3, in, out], zero-padded.
 
-  Resampling is products with matrices along the axes. XLA has gradients of
-  convolutions with strides that take a CPU dozens of times as long.
+  Resampling is products with matrices along the axes, for the reason given at
+  `layers.conv3x3`.
 
   Args:
     x: images.

@@ -165,9 +165,31 @@ class TokenConv(Equalized):
 
 def conv3x3(x, kernel):
   """Convolves [B, H, W, in] with [3, 3, in, out], zero-padded."""
+  # In loops, as that of the training steps, XLA's gradients of a convolution
+  # take a CPU dozens of times as long as these products.
+  return lax.platform_dependent(
+    x, kernel, cpu=nine_products, default=convolution
+  )
+
+
+def convolution(x, kernel):
+  """`conv3x3` as XLA has it."""
   return lax.conv_general_dilated(
     x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
+
+
+def nine_products(x, kernel):
+  """`conv3x3` as a product with each of the kernel's nine matrices."""
+  _, height, width, fan_in = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  # As rows: see `Dense`.
+  y = sum(
+    padded[:, i : i + height, j : j + width].reshape(-1, fan_in) @ kernel[i, j]
+    for i in range(3)
+    for j in range(3)
+  )
+  return y.reshape(*x.shape[:3], -1)
 
 
 @flax.struct.dataclass
