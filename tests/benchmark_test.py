@@ -91,6 +91,7 @@ def test_training_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
   assert_peers_agree(figures, "images_per_sec", 2 * config.batch_size, medians)
 
 
+@pytest.mark.slow
 def test_sampling_is_measured_beside_torch(rounds, quick_torch, monkeypatch):
   monkeypatch.setattr(sample_lib, "BATCH_SIZE", 2)
   monkeypatch.setattr(sample, "BATCH_SIZE", 2)

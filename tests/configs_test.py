@@ -332,8 +332,8 @@ def test_logs_samples_and_checkpoints_come_within_the_run(module):
   [
     pytest.param(
       module,
-      # A program takes seconds to compile; two differ most.
-      marks=[pytest.mark.slow] * (module not in ("cifar10", "digits")),
+      # A program takes seconds to compile.
+      marks=[pytest.mark.slow] * (module != "cifar10"),
     )
     for module in MODULES
   ],

@@ -13,6 +13,7 @@ def data(tmp_path_factory):
       "dataset": "sklearn_digits",
       "path": "",
       "split": "train",
+      "num_classes": 0,
       "image_size": 8,
       "crop": (),
       "data_dir": str(tmp_path_factory.mktemp("data")),

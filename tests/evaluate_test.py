@@ -323,6 +323,7 @@ def test_training_scores_itself(tmp_path, evaluated):
   assert (run.workdir / "best" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_scores_that_cannot_be_kept_are_printed_all_the_same(workdir, capsys):
   (workdir / "best").write_text("in the way")
   with pytest.raises(config_lib.ConfigError) as error:

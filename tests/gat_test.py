@@ -248,6 +248,7 @@ def test_pairs_of_one_level_and_of_many_fit(arg):
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
+@pytest.mark.slow
 def test_all_parameters_are_trained():
   train_steps, _, batch = start("")
   config = config_of("")

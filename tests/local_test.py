@@ -150,6 +150,7 @@ def children(process):
   return [int(pid) for pid in listed.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_killed_unit_ends_complete(tmp_path):
   (tmp_path / "two.py").write_text(
     "def sweep(add):\n  for seed in (0, 1):\n    add({'seed': seed})"

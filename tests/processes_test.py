@@ -79,6 +79,7 @@ def test_two_processes_train_as_one(stopped, digits_run):
   assert_losses_equal(losses(stopped[0])[2], expected[2])
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_and_score_as_one(stopped, tmp_path):
   step = last_step(stopped[0])
   kimg = (step + 2) * 8 / 1000

@@ -131,6 +131,7 @@ def celeba_files(numbers):
   return dict(zip(names, jpegs(len(names))))
 
 
+@pytest.mark.slow
 def test_celeba_is_read_from_its_one_zip(tmp_path):
   # The last images of each split, and the first.
   train_numbers = [*range(1, 9), 162_770]
@@ -236,6 +237,7 @@ def test_what_is_not_there_is_one_line_that_says_what_to_do(
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thumbnails128x128", "images1024x1024"])
 def test_ffhq_is_read_from_its_folders(tmp_path, kind):
   files = {

@@ -263,6 +263,7 @@ def test_devices_compute_what_one_does():
     assert_allclose(many[name], value, rtol=1e-3, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_mean_of_w_and_path_length_move_in_the_generators_step():
   options, before, batch = setting(1)
   after, metrics = generator_step(1)

@@ -1,0 +1,32 @@
+"""What was tried of the recipe for 16 px; docs/lab_book.md has the results.
+
+python -m launch.local --config=configs/cifar16.py \
+    --sweep=configs/sweeps/recipe.py --workdir=runs/recipe -- \
+    --config.data.dataset=folder --config.data.path=TRAIN.zip \
+    --config.total_kimg=400
+"""
+
+NO_CONSISTENCY = {"loss.bcr_weight": 0.0}
+COSINE = {"g_optimizer.decay": "cosine", "d_optimizer.decay": "cosine"}
+FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
+
+RUNS = {
+  "base": {"loss.bcr_weight": 1.0},
+  "no_consistency": NO_CONSISTENCY,
+  "cosine": NO_CONSISTENCY | COSINE,
+  "no_augmentation": NO_CONSISTENCY | COSINE | {"augment.probability": 0.0},
+  "rate_4e-3": NO_CONSISTENCY | FASTER,
+  "strong_augmentation": NO_CONSISTENCY
+  | {
+    "augment.brightness": 0.5,
+    "augment.saturation": 1.0,
+    "augment.contrast": 0.5,
+    "augment.cutout": 0.5,
+  },
+}
+
+
+def sweep(add):
+  """Adds a work unit for each run."""
+  for name, changes in RUNS.items():
+    add(changes, name=name)
