@@ -32,6 +32,7 @@ def get_config():
   config.data.path = ""  # where the files of the latter are; a folder or a zip
   config.data.split = "train"  # or a part of it, as "train[:90%]"
   config.data.image_size = 32
+  config.data.max_pixels = 2**30  # of a file; 3 GB of memory for each core
   # left, top, right, bottom; () is the largest centred square
   config.data.crop = ()
   config.data.num_classes = 0  # of the labels that the networks get; 0 is none

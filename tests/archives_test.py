@@ -156,13 +156,28 @@ def test_last_of_a_zip_s_members_of_one_name_counts(tmp_path):
   assert archive.unused == {"doubled": ["1.png"]}
 
 
-def test_encrypted_zip_is_an_error_that_says_so(tmp_path):
-  path = write_zip(tmp_path / "x.zip", FILES)
-  content = bytearray(path.read_bytes())
+def encrypted(path, *members):
+  """Marks members of a zip, by their place in its list, as encrypted."""
+  content, member = bytearray(path.read_bytes()), -1
   for i in range(len(content)):
     if content[i : i + 4] == b"PK\1\2":  # of the list of contents
-      content[i + 8] |= 1
+      member += 1
+      content[i + 8] |= member in members
   path.write_bytes(content)
+  return path
+
+
+def test_encrypted_members_are_left_out_and_named(tmp_path):
+  files = {f"{i}.png": encode(noise(4, 4, 3)) for i in range(3)}
+  path = encrypted(write_zip(tmp_path / "x.zip", files), 1)
+  archive = archives.open_archive(path)
+  assert archive.names == ["0.png", "2.png"]
+  assert archive.unused["encrypted"] == ["1.png"]
+
+
+def test_encrypted_zip_is_an_error_that_says_so(tmp_path):
+  path = write_zip(tmp_path / "x.zip", FILES)
+  encrypted(path, *range(len(FILES)))
   with pytest.raises(config_lib.ConfigError, match=r"x\.zip is encrypted"):
     archives.open_archive(path)
 

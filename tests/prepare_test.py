@@ -173,7 +173,7 @@ def test_preparing_that_is_cut_off_goes_on_where_it_was(
   decoded = []
   decode_file = decode.decode
   monkeypatch.setattr(
-    decode, "decode", lambda x: decoded.append(x) or decode_file(x)
+    decode, "decode", lambda x, *bound: decoded.append(x) or decode_file(x)
   )
   prepare.prepare(data)
   assert len(decoded) == 18 - 2 * 4

@@ -49,6 +49,7 @@ _POSITIVE = (
   "accumulation",
   "fsdp",
   "data.image_size",
+  "data.max_pixels",
   "loss.path_length_every",
   "ema.half_life_kimg",
   "evaluation.num_samples",

@@ -39,7 +39,7 @@ def open_archive(path):
     `unused`, {kind: names} of what else is there.
 
   Raises:
-    ConfigError: if there are no images there, or they are encrypted.
+    ConfigError: if there are no images there, or all of them are encrypted.
   """
   path = _existing(path)
   if path.is_dir():
@@ -328,20 +328,23 @@ class Zip(_Files):
   def __init__(self, path):
     """Lists the zip. Of members of one name the last counts, as in unzip."""
     self._file = _open_zip(path)  # safe for threads that read
-    files, doubled = {}, []
+    files, unused = {}, collections.defaultdict(list)
     for member in self._file.infolist():
       if member.filename.endswith(("/", "\\")):
         continue
       name = _normal(member.filename)
       if member.flag_bits & 1:
-        raise ConfigError(
-          f"{path} is encrypted: extract it with its password, and give the "
-          "folder"
-        )
+        unused["encrypted"].append(name)
+        continue
       if name in files:
-        doubled.append(name)
+        unused["doubled"].append(name)
       files[name] = member
-    super().__init__(files, {"doubled": doubled} if doubled else {})
+    super().__init__(files, unused)
+    if unused["encrypted"] and not self.names:
+      raise ConfigError(
+        f"{path} is encrypted: extract it with its password, and give the "
+        "folder"
+      )
 
   def _open(self, name):
     return self._file.open(self.files[name])

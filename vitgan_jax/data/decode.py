@@ -10,7 +10,6 @@ FORMATS = (
   "PNG JPEG WEBP AVIF BMP DDS GIF ICO JPEG2000 PCX PPM PSD QOI SGI TGA TIFF"
 ).split()
 FILTER = Image.Resampling.LANCZOS
-MAX_PIXELS = 2**30  # of a file; 3 GB of memory for each core
 
 # Pillow's own bounds are for what strangers send: large photographs and long
 # comments are none of that. It warns of broken tags in good pictures.
@@ -39,7 +38,7 @@ def is_image(file):
     return False
 
 
-def decode(encoded):
+def decode(encoded, max_pixels=2**30):
   """Decodes an image of one of FORMATS and of any colour mode.
 
   Grey becomes three equal channels; 16 bits become 8; colours of an ICC profile
@@ -48,6 +47,7 @@ def decode(encoded):
 
   Args:
     encoded: the bytes of the file.
+    max_pixels: an image of more is an error; each takes three bytes, or six.
 
   Returns:
     A PIL image of mode RGB.
@@ -61,9 +61,10 @@ def decode(encoded):
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
   except UnidentifiedImageError:  # its message is an address in memory
     raise ValueError("no image that Pillow reads") from None
-  if image.width * image.height > MAX_PIXELS:
+  if image.width * image.height > max_pixels:
     raise ValueError(
-      f"{image.width} x {image.height} are more than {MAX_PIXELS:,} pixels"
+      f"{image.width} x {image.height} are more than {max_pixels:,} pixels "
+      "(config.data.max_pixels)"
     )
   transparent = image.info.get("transparency")
   if isinstance(transparent, tuple) and "16B" in str(image.tile):

@@ -125,7 +125,9 @@ class ShardMaker:
           return None
         try:
           image = decode.crop_and_resize(
-            decode.decode(encoded), size, self._data.crop
+            decode.decode(encoded, self._data.max_pixels),
+            size,
+            self._data.crop,
           )
         except Exception as error:  # Pillow raises many kinds for a damaged one
           skipped.append(f"{name}: {' '.join(str(error).split())}")
