@@ -45,8 +45,8 @@ def make_diagnostics(config, nets, mesh):
     has patches; borders/step_ratio_real: of the images, to compare.
   sigma/growth_max: the largest sigma(W) / sigma(W_init) of its kernels, if
     they are normalised.
-  sigma/stable_rank_min: the least |W|_F**2 / sigma(W)**2 of these kernels: of
-    how many directions one makes use.
+  sigma/stable_rank_min: the least |W|_F**2 / sigma(W)**2 of these kernels, as a
+    share of the full rank: of how many directions it makes use.
   auc/clean: the share of pairs of an image and one of the generator itself (not
     of its average) in which the discriminator puts the former above. 1/2 is a
     blind one, 1 one that has won. auc/augmented: the same as the losses have

@@ -40,7 +40,7 @@ _PANELS = {
     "attention/g_entropy_min",
   ),
   "Kernels of D: growth of sigma": ("sigma/growth_max",),
-  "Kernels of D: stable rank": ("sigma/stable_rank_min",),
+  "Kernels of D: stable rank / rank": ("sigma/stable_rank_min",),
 }
 _COLUMNS = 4
 

@@ -90,5 +90,5 @@ class SpectralNorm(nn.Module):
     sigma = spectral_sigma(matrix, u.value)
     self.sow("intermediates", "sigma_growth", sigma / sigma_init.value)
     rank = jnp.sum(jnp.square(matrix)) / jnp.square(sigma)
-    self.sow("intermediates", "stable_rank", rank)
+    self.sow("intermediates", "stable_rank", rank / min(matrix.shape))
     return kernel * (target / sigma)
