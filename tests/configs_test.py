@@ -24,6 +24,8 @@ NUM_PARAMETERS = {
   "biggan_cifar10:smoke": (7_091, 2_169),
   "celeba64": (16_108_803, 10_203_265),
   "celeba64:smoke": (20_291, 33_345),
+  "cips_cifar10": (8_936_469, 21_507_073),
+  "cips_cifar10:smoke": (28_853, 21_345),
   "cifar10": (11_380_995, 6_729_601),
   "cifar10:smoke": (20_291, 14_913),
   "cifar10_cond": (11_532_675, 6_733_441),
@@ -56,6 +58,13 @@ NUM_PARAMETERS = {
 
 # Metrics of the first step of a config's `:smoke`, on random images.
 GOLDEN = {
+  "cips_cifar10": {
+    "loss/d": 1.798627,
+    "loss/g": 0.3655901,
+    "penalty/r1": 0.009177389,
+    "scores/fake": 0.891957,
+    "scores/real": 0.3136479,
+  },
   "biggan_cifar10": {
     "loss/d": 6.062314,
     "loss/g": 1.052166,

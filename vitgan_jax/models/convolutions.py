@@ -42,7 +42,7 @@ def downsample(x):
 
 
 def convolve(x, kernel, resample=None):
-  """Convolves [B, H, H, in] with [3, 3, in, out], zero-padded.
+  """Convolves [B, H, H, in] with [3, 3, in, out], zero-padded, or [1, 1, ...].
 
   Resampling is products with matrices along the axes, for the reason given at
   `layers.conv3x3`.
@@ -54,6 +54,8 @@ def convolve(x, kernel, resample=None):
       before the filter; "down" halves them, by a strided one after it.
   """
   size = x.shape[1]
+  if kernel.shape[:2] == (1, 1):
+    return x @ kernel[0, 0]
   if resample == "up":
     # Pixel i gets to 2 i + 2 - a by tap a of the kernel.
     filters = 2.0 * _filter(2 * size + 1, 1)
@@ -92,7 +94,7 @@ class Conv(Equalized):
 
 
 class StyledConv(nn.Module):
-  """A 3x3 convolution that w modulates; noise; a leaky ReLU.
+  """A convolution that w modulates; noise; a leaky ReLU.
 
   An affine map of w scales the input channels, and demodulation brings the
   output channels back to the variance that they have without (Karras et al.
@@ -101,13 +103,15 @@ class StyledConv(nn.Module):
 
   Attributes:
     features: output channels.
-    resample: see `convolve`.
+    resample: see `convolve`; of 3x3 kernels alone.
     dtype: of the computation.
+    size: pixels along a side of the kernel, 3 or 1.
   """
 
   features: int
   resample: str | None = None
   dtype: Any = jnp.float32
+  size: int = 3
 
   @nn.compact
   def __call__(self, x, w, noise=None):
@@ -116,7 +120,8 @@ class StyledConv(nn.Module):
     The noise is of `draw_noise`, for the resolution that comes out.
     """
     fan_in = x.shape[-1]
-    weights = Conv(self.features, name="conv").weights(3, 3, fan_in)
+    conv = Conv(self.features, name="conv")
+    weights = conv.weights(self.size, self.size, fan_in)
     style = Dense(fan_in, bias_init=1.0, dtype=self.dtype, name="style")(w)
     squared = jnp.sum(jnp.square(weights.kernel), axis=(0, 1))
     demodulation = lax.rsqrt(

@@ -109,6 +109,16 @@ GENERATORS = {
     ),
     dict(latent_dim=32, mapping_depth=2, max_channels=16),
   ),
+  "cips": Kind(
+    "vitgan_jax.models.cips:Generator",
+    dict(
+      latent_dim=512,
+      mapping_depth=8,
+      mapping_lr_multiplier=0.01,
+      **_CONFIG_F,
+    ),
+    dict(latent_dim=32, mapping_depth=2, max_channels=16),
+  ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Generator",
     dict(

@@ -30,11 +30,11 @@ def channels(image_size, base_channels, max_channels):
   return {r: min(max_channels, base_channels // r) for r in resolutions}
 
 
-def _check(fields, image_size, where, **ranges):
-  """Checks what both networks have; `ranges` as in `check_fields`."""
+def check_resolutions(fields, image_size, where, **ranges):
+  """Checks what networks of `channels` have; `ranges` as in `check_fields`."""
   if image_size < 8 or image_size & (image_size - 1):
     raise ConfigError(
-      f"{where}kind='stylegan2' doubles from 4 pixels on: config.data."
+      f"{where}kind={fields.kind!r} doubles from 4 pixels on: config.data."
       f"image_size={image_size} must be a power of two, 8 or more"
     )
   positive = ("max_channels", "mapping_lr_multiplier")
@@ -85,7 +85,7 @@ class Generator(nn.Module):
   @staticmethod
   def check(fields, image_size, where):
     """Raises a ConfigError if these fields make no generator."""
-    _check(
+    check_resolutions(
       fields,
       image_size,
       where,
@@ -263,7 +263,7 @@ class Discriminator(nn.Module):
   @staticmethod
   def check(fields, image_size, where):
     """Raises a ConfigError if these fields make no discriminator."""
-    _check(
+    check_resolutions(
       fields,
       image_size,
       where,

@@ -1,0 +1,107 @@
+"""CIPS, a generator whose pixels do not see one another.
+
+Anokhin et al. 2021, the form with a skip to the colours. Reduced to a patch and
+two layers it is ViTGAN's implicit decoder.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitgan_jax.models.convolutions import StyledConv, ToRGB, draw_noise
+from vitgan_jax.models.generator import MappingNetwork
+from vitgan_jax.models.stylegan2 import channels, check_resolutions
+
+
+def _uniform(limit):
+  """Returns an initialiser, uniform within -limit and limit."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
+class Generator(nn.Module):
+  """Fourier features and an embedding of each pixel, through modulated layers.
+
+  Layers are 1x1 convolutions with noise; colours are the sum of those after
+  every second layer.
+
+  Attributes:
+    image_size: S, pixels along a side; a power of two.
+    num_classes: 0 is none.
+    latent_dim: of z and w.
+    mapping_depth: layers of the mapping network.
+    mapping_lr_multiplier: its relative learning rate.
+    base_channels: divided by 4, 8, ... S, the channels of two layers each ...
+    max_channels: ... but for these at most; also the number of the Fourier
+      features, and of the embedding's.
+    remat: whether the backward pass computes the layers' insides again.
+    dtype: of the computation; parameters and images are float32.
+  """
+
+  image_size: int
+  num_classes: int
+  latent_dim: int
+  mapping_depth: int
+  mapping_lr_multiplier: float
+  base_channels: int
+  max_channels: int
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @staticmethod
+  def check(fields, image_size, where):
+    """Raises a ConfigError if these fields make no generator."""
+    check_resolutions(fields, image_size, where, positive=("latent_dim",))
+
+  def setup(self):
+    """Makes what is used by itself; `synthesize` makes the rest."""
+    self.mapping = MappingNetwork(
+      self.latent_dim,
+      self.mapping_depth,
+      self.mapping_lr_multiplier,
+      self.num_classes,
+    )
+
+  def __call__(self, latents, labels=None, keys=None, train=False):
+    """Maps latents [B, latent_dim] to images; see `synthesize`."""
+    return self.synthesize(self.mapping(latents, labels), keys, train)
+
+  @nn.compact
+  def synthesize(self, w, keys=None, train=False):
+    """Maps w [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
+
+    Args:
+      w: of the mapping network.
+      keys: [B], of the noise; None adds none.
+      train: is not used.
+    """
+    size, features = self.image_size, self.max_channels
+    axis = np.linspace(-1.0, 1.0, size, dtype=np.float32)
+    coordinates = np.stack(np.meshgrid(axis, axis), axis=-1)  # x, then y
+    shape = (2, features)
+    frequencies = self.param("frequencies", _uniform(4.5**0.5), shape)
+    phase = self.param("phase", _uniform(0.5**0.5), (features,))
+    embedding = self.param(
+      "embedding", nn.initializers.normal(1.0), (size, size, features)
+    )
+    waves = jnp.sin(coordinates @ frequencies + phase)
+    x = jnp.concatenate([waves, embedding], axis=-1).astype(self.dtype)
+    x = jnp.broadcast_to(x, (len(w), *x.shape))
+    layer = nn.remat(StyledConv) if self.remat else StyledConv
+    stages = channels(size, self.base_channels, self.max_channels)
+    widths = [features, *np.repeat(list(stages.values()), 2).tolist()]
+    noise = draw_noise(keys, [size] * len(widths))
+    images = 0.0
+    for i, width in enumerate(widths):
+      name = f"layer{i}"
+      x = layer(width, dtype=self.dtype, size=1, name=name)(x, w, noise[i])
+      if i and i % 2 == 0:
+        rgb = ToRGB(self.dtype, name=f"rgb{i}")(x, w)
+        images = images + rgb.astype(jnp.float32)
+    return images
