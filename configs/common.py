@@ -87,6 +87,11 @@ def get_config():
   config.augment.scaling = 0.2
   config.augment.cutout = 0.5
 
+  # Adaptive augmentation: the probability above starts at 0, and is steered
+  config.ada = ml_collections.ConfigDict()
+  config.ada.target = 0.0  # mean sign of real images' logits; 0 is off, ADA 0.6
+  config.ada.kimg = 500.0  # in which it could go from 0 to 1
+
   config.ema = ml_collections.ConfigDict()
   config.ema.half_life_kimg = 500.0
   config.ema.ramp_up = 0.05  # half-life at most this share of the images seen

@@ -346,6 +346,47 @@ def test_consistency_is_to_the_clean_image_or_to_another_view(anchor, views):
   )
 
 
+def test_probability_of_augmentation_is_that_of_a_simulation():
+  config = tiny.tiny_config({"ada.target": 0.6, "ada.kimg": 0.1})
+  rng = np.random.default_rng(0)
+  probability, expected = jnp.zeros(()), 0.0
+  seen = set()
+  for overfitting in [*[1.0] * 20, *rng.uniform(0.2, 1, 200), *[-1.0] * 30]:
+    probability = gan_step.next_probability(config, probability, overfitting)
+    # 8 images of 100 are a step of 0.08.
+    expected += 0.08 if overfitting > 0.6 else -0.08
+    expected = min(max(expected, 0.0), 1.0)
+    np.testing.assert_allclose(probability, expected, atol=1e-5)
+    seen.add(round(expected, 2))
+  assert {0.0, 1.0} < seen and expected == 0.0
+
+
+def test_discriminator_steers_the_augmentation():
+  config = tiny.tiny_config(
+    PLAIN | {"ada.target": 0.6, "ada.kimg": 0.2, "augment.brightness": 0.1}
+  )
+  nets = networks.Networks(Grey(), Brightness(), "xla")
+  mesh = partitioning.create_mesh(jax.devices()[:2])
+  step = jax.jit(
+    functools.partial(gan_step.d_step, config=config, nets=nets, mesh=mesh)
+  )
+  _, optimizer = train_state.build_optimizers(config)
+  state = train_state.GANState(
+    **{field.name: {} for field in dataclasses.fields(train_state.GANState)}
+  )
+  state = state.replace(
+    augment_probability=jnp.float32(0.2), d_opt_state=optimizer.init({})
+  )
+  # All real images are above 0, or none.
+  for white, sign, moved in ((255, 1.0, 0.24), (0, -1.0, 0.16)):
+    images = np.full((8, 2, 2, 3), white, np.uint8)
+    batch = {"images": images, "labels": None, "keys": KEYS}
+    after, metrics = step(state, batch)
+    assert metrics["ada/overfitting"] == sign
+    np.testing.assert_allclose(metrics["ada/probability"], 0.2)
+    np.testing.assert_allclose(after.augment_probability, moved, rtol=1e-6)
+
+
 def test_images_are_generated_from_the_latents_and_labels():
   state = state_of("pairs")
   _, metrics = run("pairs", state, batch_of("pairs"))

@@ -42,6 +42,7 @@ _CHOICES = {
 }
 
 _POSITIVE = (
+  "ada.kimg",
   "batch_size",
   "total_kimg",
   "steps_per_call",
@@ -80,6 +81,7 @@ _NOT_NEGATIVE = (
 )
 
 _SHARES = (
+  "ada.target",
   "augment.probability",
   "augment.translation",
   "augment.scaling",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax import diff_augment, partitioning, pictures
+from vitgan_jax import partitioning, pictures
+from vitgan_jax.gan_step import augmentation
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
 
@@ -57,12 +58,6 @@ def make_diagnostics(config, nets, mesh):
   """
   generator, discriminator = map(networks.plain, nets[:2])
 
-  def augment(seed, images):
-    # The same draws each time: only the networks change.
-    keys = jax.random.split(jax.random.key(seed), len(images))
-    augment = functools.partial(diff_augment.augment, **config.augment)
-    return jax.vmap(augment)(keys, images)
-
   def diagnostics(state, images, latents, labels=None):
     images = to_float(images)
     real_logits, collections = discriminator.apply(
@@ -72,14 +67,19 @@ def make_diagnostics(config, nets, mesh):
     discriminate = functools.partial(
       discriminator.apply, state.d_variables, labels=labels
     )
+    augment = augmentation(config, state)
+
+    def keys_of(seed, images):  # the same each time: only the networks change
+      return jax.random.split(jax.random.key(seed), len(images))
+
     fake_images, g_collections = generator.apply(
       state.g_ema_variables, latents, labels, mutable=["intermediates"]
     )
     scalars = {
       "auc/clean": area_under_curve(real_logits, discriminate(raw_images)),
       "auc/augmented": area_under_curve(
-        discriminate(augment(0, images)),
-        discriminate(augment(1, raw_images)),
+        discriminate(augment(keys_of(0, images), images)),
+        discriminate(augment(keys_of(1, raw_images), raw_images)),
       ),
       "diversity/std_over_latents": jnp.mean(jnp.std(fake_images, axis=0)),
       "diversity/std_of_mean_image": jnp.std(jnp.mean(fake_images, axis=0)),

@@ -44,7 +44,7 @@ def d_loss(d_params, batch, state, *, config, nets):
   keys = split_keys(batch["keys"], 9)
   z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = keys[:7]
   labels = batch["labels"]
-  augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
+  augment = augmentation(config, state)
   real_images = _real_images(config, batch["images"], flip_keys)
   latents = draw_latents(z_keys, nets.generator.latent_dim)
   fake_images, _ = _run(
@@ -74,6 +74,10 @@ def d_loss(d_params, batch, state, *, config, nets):
     "scores/real": jnp.mean(real_logits),
     "scores/fake": jnp.mean(fake_logits),
   }
+
+  if config.ada.target:
+    metrics["ada/overfitting"] = jnp.mean(jnp.sign(real_logits))
+    metrics["ada/probability"] = state.augment_probability
 
   penalties = {}
   if config.loss.bcr_weight:
@@ -145,7 +149,7 @@ def g_loss(g_params, batch, state, *, config, nets):
     split_keys(batch["keys"], 7)
   )
   labels = batch["labels"]
-  augment = jax.vmap(functools.partial(diff_augment.augment, **config.augment))
+  augment = augmentation(config, state)
   latents = draw_latents(z_keys, nets.generator.latent_dim)
   fake_images, model_state = _run(
     nets.generator,
@@ -205,6 +209,11 @@ def d_step(state, batch, *, config, nets, mesh):
     + (1.0 - LOGIT_EMA_DECAY) * metrics[f"scores/{name}"]
     for name, average in state.logit_ema.items()
   }
+  if config.ada.target:
+    probability = next_probability(
+      config, state.augment_probability, metrics["ada/overfitting"]
+    )
+    state = state.replace(augment_probability=probability)
   state = state.replace(
     d_params=optax.apply_updates(state.d_params, updates),
     d_model_state=model_state,
@@ -291,6 +300,30 @@ def make_train_steps(config, nets, mesh):
     out_shardings=(state_shardings, partitioning.replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def augmentation(config, state):
+  """Returns `augment(keys, images)`, of batches, as it is at a state."""
+  strengths = dict(config.augment)
+  if config.ada.target:
+    strengths["probability"] = state.augment_probability
+  return jax.vmap(functools.partial(diff_augment.augment, **strengths))
+
+
+def next_probability(config, probability, overfitting):
+  """Returns the probability of augmentation after a step of the discriminator.
+
+  It rises while the discriminator is too sure of real images, and falls else
+  (Karras et al. 2020, ADA, section 3.1; they look at every fourth step).
+
+  Args:
+    config: of `configs/`.
+    probability: of this step.
+    overfitting: the mean sign of the logits of real images, their r_t.
+  """
+  change = config.batch_size / (1000.0 * config.ada.kimg)
+  change *= jnp.sign(overfitting - config.ada.target)
+  return jnp.clip(probability + change, 0.0, 1.0)
 
 
 def split_keys(keys, count):

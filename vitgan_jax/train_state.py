@@ -35,6 +35,7 @@ class GANState:
     d_opt_state: of the discriminator's.
     logit_ema: moving averages of the logits on real and fake images (LeCam).
     path_length: moving average of the path lengths (StyleGAN2).
+    augment_probability: of each transformation, where ADA steers it.
   """
 
   step: jax.Array
@@ -49,6 +50,7 @@ class GANState:
   d_opt_state: Any
   logit_ema: Any
   path_length: Any
+  augment_probability: Any
 
   @property
   def g_variables(self):
@@ -134,6 +136,7 @@ def create_train_state(config, nets):
     d_opt_state=d_optimizer.init(d_params),
     logit_ema={"real": jnp.zeros(()), "fake": jnp.zeros(())},
     path_length=jnp.zeros(()),
+    augment_probability=jnp.zeros(()),
   )
 
 
