@@ -168,9 +168,8 @@ def test_what_was_scored_is_not_scored_again(evaluated, tmp_path, monkeypatch):
   assert runs.snapshot(workdir) == before
 
 
-@pytest.mark.parametrize(
-  "num_devices", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 2])
 def test_any_number_of_devices_gives_the_same_scores(
   evaluated, workdir, num_devices, monkeypatch
 ):
@@ -186,6 +185,7 @@ def test_any_number_of_devices_gives_the_same_scores(
     )
 
 
+@pytest.mark.slow
 def test_other_seed_and_count_are_other_protocols(evaluated, tmp_path):
   workdir = shutil.copytree(evaluated[0], tmp_path / "run")
   evaluate_quietly(workdir, seed=1)
@@ -197,6 +197,7 @@ def test_other_seed_and_count_are_other_protocols(evaluated, tmp_path):
   assert next(iter(count["scores"])) == "fd_tiny1001"
 
 
+@pytest.mark.slow
 def test_watching_scores_what_appears_until_the_end_of_the_run(
   digits_run, workdir, monkeypatch
 ):

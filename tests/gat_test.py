@@ -240,7 +240,9 @@ def start(arg):
   return gan_step.make_train_steps(config, nets, mesh), state, batch
 
 
-@pytest.mark.parametrize("arg", ["d=vitgan", "g=vitgan"])
+@pytest.mark.parametrize(
+  "arg", ["d=vitgan", pytest.param("g=vitgan", marks=pytest.mark.slow)]
+)
 def test_pairs_of_one_level_and_of_many_fit(arg):
   train_steps, state, batch = start(arg)
   after, metrics = jax.eval_shape(train_steps, state, batch)

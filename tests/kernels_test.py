@@ -50,7 +50,9 @@ NETWORKS = pytest.mark.parametrize(
   [
     make_discriminator(),
     make_generator(),
-    make_generator(latent_injection="token"),
+    pytest.param(
+      make_generator(latent_injection="token"), marks=pytest.mark.slow
+    ),
   ],
   ids=["discriminator", "generator", "generator with a token"],
 )

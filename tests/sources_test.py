@@ -167,6 +167,7 @@ def lsun_values(num_images):
   return {f"{7 * i % 11:040x}".encode(): x for i, x in enumerate(images)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["folder", "zip", "download"])
 def test_lsun_is_read_from_its_lmdb(tmp_path, form):
   values = lsun_values(9)

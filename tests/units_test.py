@@ -58,8 +58,7 @@ def test_each_unit_has_its_name_folder_and_fields(tmp_path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_gives_units_of_its_own(path):
   made = make(str(path))
-  assert len(made) == 5
-  assert len({unit.workdir for unit in made}) == 5
+  assert len(made) == len({unit.workdir for unit in made}) >= 5
   assert all(
     unit.workdir == f"runs/cifar10-{path.stem}/{unit.name}" for unit in made
   )
