@@ -1,24 +1,17 @@
-import ml_collections
 import numpy as np
 import pytest
 from sklearn import datasets
 
+from configs import digits as digits_config
 from vitgan_jax.data import pipeline
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  return ml_collections.ConfigDict(
-    {
-      "dataset": "sklearn_digits",
-      "path": "",
-      "split": "train",
-      "num_classes": 0,
-      "image_size": 8,
-      "crop": (),
-      "data_dir": str(tmp_path_factory.mktemp("data")),
-    }
-  )
+  config = digits_config.get_config()
+  config.data.image_size = 8
+  config.data.data_dir = str(tmp_path_factory.mktemp("data"))
+  return config.data
 
 
 @pytest.fixture(scope="module")

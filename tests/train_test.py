@@ -92,8 +92,9 @@ def test_every_part_of_the_state_is_trained(digits_run):
     "d_model_state/spectral/head_out/norm/u"
   ]  # one output, and so one number
   for name, leaf in last.items():
-    # Path length is for StyleGAN2.
-    constant = name in ("key", "path_length") or name.endswith("/sigma_init")
+    # Path length is for StyleGAN2, the probability for adaptive augmentation.
+    unused = ("key", "path_length", "augment_probability")
+    constant = name in unused or name.endswith("/sigma_init")
     assert constant == np.array_equal(leaf, middle[name]), name
 
 
