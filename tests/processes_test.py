@@ -229,11 +229,10 @@ def test_four_processes_share_a_state_and_train_and_sample_as_one(tmp_path):
     *(f"--config.{field}={value}" for field, value in fields.items()),
     "--config.fsdp=4",
     "--config.accumulation=2",
-    "--workdir=four",
   ]
-  for more in ([], ["--mode=sample", "--num_samples=3"]):
+  for arguments in (command, ["--mode=sample", "--num_samples=3"]):
     results = runs.wait_for(
-      runs.start_processes(4, *command, *more, cwd=tmp_path)
+      runs.start_processes(4, *arguments, "--workdir=four", cwd=tmp_path)
     )
     assert [code for code, *_ in results] == [0] * 4, results
   four = tmp_path / "four"
