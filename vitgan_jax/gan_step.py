@@ -90,7 +90,17 @@ def d_loss(d_params, batch, state, *, config, nets):
       losses.lecam(real_logits, fake_logits, state.logit_ema),
       0.0,
     )
+
   # Slopes are those at the image itself, through its augmentation.
+  def discriminate(keys, discriminator, images):
+    return _discriminate(
+      discriminator,
+      {**variables, **model_state},
+      [augment(keys, images)],
+      labels,
+      d_keys,
+    )[0][0]
+
   for name, images, augment_keys in (
     ("r1", real_images, real_keys),
     ("r2", fake_images, fake_keys),
@@ -100,31 +110,19 @@ def d_loss(d_params, batch, state, *, config, nets):
         config,
         state.step,
         nets.discriminator,
-        lambda discriminator, images, keys=augment_keys: _discriminate(
-          discriminator,
-          {**variables, **model_state},
-          [augment(keys, images)],
-          labels,
-          d_keys,
-        )[0][0],
+        functools.partial(discriminate, augment_keys),
         images,
         noise_keys,
       )
   if config.loss.gp_weight:
     share_keys, augment_keys = split_keys(noise_keys, 2)
-
-    def discriminate(images):
-      return _discriminate(
-        networks.plain(nets.discriminator),
-        {**variables, **model_state},
-        [augment(augment_keys, images)],
-        labels,
-        d_keys,
-      )[0][0]
-
-    shares = jax.vmap(jax.random.uniform)(share_keys)
     penalties["gp"] = losses.interpolate_penalty(
-      discriminate, real_images, fake_images, shares
+      functools.partial(
+        discriminate, augment_keys, networks.plain(nets.discriminator)
+      ),
+      real_images,
+      fake_images,
+      jax.vmap(jax.random.uniform)(share_keys),
     )
   if config.loss.drift_weight:
     penalties["drift"] = losses.drift(real_logits)
