@@ -7,22 +7,13 @@ two layers it is ViTGAN's implicit decoder.
 from typing import Any
 
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.models.convolutions import StyledConv, ToRGB, draw_noise
 from vitgan_jax.models.generator import MappingNetwork
+from vitgan_jax.models.layers import uniform
 from vitgan_jax.models.stylegan2 import channels, check_resolutions
-
-
-def _uniform(limit):
-  """Returns an initialiser, uniform within -limit and limit."""
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-  return init
 
 
 class Generator(nn.Module):
@@ -85,8 +76,8 @@ class Generator(nn.Module):
     axis = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     coordinates = np.stack(np.meshgrid(axis, axis), axis=-1)  # x, then y
     shape = (2, features)
-    frequencies = self.param("frequencies", _uniform(4.5**0.5), shape)
-    phase = self.param("phase", _uniform(0.5**0.5), (features,))
+    frequencies = self.param("frequencies", uniform(4.5**0.5), shape)
+    phase = self.param("phase", uniform(0.5**0.5), (features,))
     embedding = self.param(
       "embedding", nn.initializers.normal(1.0), (size, size, features)
     )

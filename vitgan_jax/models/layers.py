@@ -282,13 +282,18 @@ class SineEmbedding(nn.Module):
     frequencies = self.param(
       "frequencies", nn.initializers.normal(1.0), (2, self.features)
     )
-    phase = self.param("phase", _uniform_phase, (self.features,))
+    phase = self.param("phase", uniform(np.pi), (self.features,))
     angles = cell_centres(self.grid_size) @ (self.scale * frequencies)
     return jnp.sin(angles + phase)
 
 
-def _uniform_phase(key, shape):
-  return jax.random.uniform(key, shape, minval=-np.pi, maxval=np.pi)
+def uniform(limit):
+  """Returns an initialiser, uniform within -limit and limit."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
 
 
 def cell_centres(grid_size):

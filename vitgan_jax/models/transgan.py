@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.models.layers import uniform
 from vitgan_jax.models.patches import overlapping_patches
 from vitgan_jax.models.transformer import relative_entropy
 
@@ -42,11 +43,7 @@ def _dense(features, like_torch, dtype, name, fan_in=None, use_bias=True):
   """
   bias_init = nn.initializers.zeros
   if like_torch and use_bias:
-    limit = fan_in**-0.5
-
-    def bias_init(key, shape, dtype=jnp.float32):
-      return jax.random.uniform(key, shape, dtype, -limit, limit)
-
+    bias_init = uniform(fan_in**-0.5)
   return nn.Dense(
     features,
     use_bias=use_bias,
