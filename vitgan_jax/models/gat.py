@@ -317,10 +317,9 @@ def noise_scales(num_levels):
 
   The early ones are the noisiest; the image itself keeps a hundredth.
   """
-  k = np.arange(num_levels) / max(num_levels - 1, 1)
-  # Of one level k is the last.
-  k = k if num_levels > 1 else np.ones(1)
-  return 1.0 - 0.125 ** (1.0 - k) + 0.01
+  # From 1, of the first level, to 0; of one level the last counts.
+  left = np.linspace(0.0, 1.0, num_levels)[::-1]
+  return 1.0 - 0.125**left + 0.01
 
 
 def add_level_noise(keys, images, num_levels):
@@ -340,12 +339,12 @@ def add_level_noise(keys, images, num_levels):
   fresh = jax.vmap(lambda key: jax.random.normal(key, (num_levels, *shape)))(
     keys
   )
-  noise, finer, levels = 0.0, None, []
+  noise, finer, levels = 0.0, 0.0, []
   split = jnp.split(images, num_levels, axis=-1)
   for k in reversed(range(num_levels)):
     t = scales[k]
-    shrunk = 0.0 if finer is None else (1.0 - t) / (1.0 - finer)
-    added = np.sqrt(t**2 - (shrunk * (finer or 0.0)) ** 2)
+    shrunk = (1.0 - t) / (1.0 - finer)
+    added = np.sqrt(t**2 - (shrunk * finer) ** 2)
     noise = shrunk * noise + added * fresh[:, k]
     levels.append((1.0 - t) * split[k] + noise)
     finer = t
