@@ -53,7 +53,7 @@ def prepared_path(data):
   if not data.path:
     return folder / name
   known = folder / ".fingerprints"
-  if not os.path.exists(os.path.expanduser(data.path)) and (
+  if not os.path.exists(files.expand(data.path)) and (
     found := _prepared_from(data.path, folder, name)
   ):
     print(

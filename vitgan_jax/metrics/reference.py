@@ -1,7 +1,6 @@
 """What generated images are compared with: a dataset, seen by a network."""
 
 import dataclasses
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,10 +53,7 @@ def load(extractor, images, count):
     try:
       _write(path, result)
     except OSError as error:
-      print(
-        f"The features of the real images are not kept: {error}",
-        file=sys.stderr,
-      )
+      files.tell(f"The features of the real images are not kept: {error}")
   return result if is_primary else None
 
 
