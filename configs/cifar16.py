@@ -10,6 +10,9 @@ takes them from TFDS. Of another copy, a folder or zip of its images:
 The networks and the objective of configs/digits.py, mirrored images; about
 1,000 images/s on two cores. configs/cifar10.py is the paper's, at 32 x 32, with
 balanced consistency of weight 10 and stronger augmentation.
+
+Other networks have the size of their `:tiny` here: --config=configs/cifar16.py:
+g=biggan,d=biggan. configs/sweeps/systems.py trains all systems.
 """
 
 from configs import common, digits
@@ -20,7 +23,5 @@ def get_config(arg=""):
   config = digits.get_config()
   config.data.dataset = "cifar10"
   config.data.flip = True
-  config.total_kimg = 1_500.0
   config.evaluation.num_samples = 10_000
-  config.sample_every_kimg = 50.0
-  return common.apply_argument(config, arg)
+  return common.apply_argument(config, f"tiny,{arg}")

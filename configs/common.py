@@ -119,36 +119,50 @@ def apply_argument(config, arg):
 
   Args:
     config: of an experiment.
-    arg: words with commas between: "g=KIND" and "d=KIND" for another generator
-      or discriminator of `networks`, with its defaults and the losses that it
-      cannot do without; "smoke" for the same
-      networks and data in a size that trains, samples and saves within seconds.
-      "" is the experiment itself.
+    arg: words with commas between, in any order: "g=KIND" and "d=KIND" for
+      another generator or discriminator of `networks`, with its defaults and
+      the losses that it cannot do without; "tiny" for 16 pixels and networks
+      that two cores carry; "smoke" for the same networks and data in a size
+      that trains, samples and saves within seconds. "" is the experiment
+      itself.
 
   Raises:
     ValueError: for any other word.
   """
   kinds = {"g": "generator", "d": "discriminator"}
+  sizes = {"tiny": _shrink_to_learn, "smoke": _shrink_to_try}
   words = [word for word in arg.split(",") if word]
   for word in words:
     key, _, kind = word.partition("=")
-    if word != "smoke" and (key not in kinds or not kind):
+    if word not in sizes and (key not in kinds or not kind):
       raise ValueError(
-        f"config argument {word!r} must be one of smoke, g=KIND, d=KIND"
+        f"config argument {word!r} must be one of tiny, smoke, g=KIND, d=KIND"
       )
     if kind and kind != config[kinds[key]].kind:
       with config.unlocked():
         config[kinds[key]] = networks.fields_of(kinds[key], kind)
         config.loss.update(networks.kind_of(kinds[key], kind).loss)
-  if "smoke" in words:
-    _shrink(config)
+  for word, shrink in sizes.items():
+    if word in words:
+      for network in networks.TABLES:
+        kind = networks.kind_of(network, config[network].kind)
+        config[network].update(getattr(kind, word))
+      shrink(config)
   return config
 
 
-def _shrink(config):
-  for network in networks.TABLES:
-    kind = networks.kind_of(network, config[network].kind)
-    config[network].update(kind.smoke)
+def _shrink_to_learn(config):
+  config.batch_size = 32
+  config.steps_per_call = 20
+  config.total_kimg = 1_500.0
+  config.data.image_size = 16
+  config.evaluation.features = "efficientnet"
+  config.log_every_kimg = 5.0
+  config.sample_every_kimg = 50.0
+  config.checkpoint_every_kimg = 50.0
+
+
+def _shrink_to_try(config):
   config.batch_size = 8
   config.steps_per_call = 2
   config.total_kimg = 0.064

@@ -32,31 +32,11 @@ from configs import common
 
 def get_config(arg=""):
   """Returns the demo's config; `arg` may be "smoke"."""
-  config = common.get_config()
-  config.batch_size = 32
+  config = common.apply_argument(common.get_config(), "tiny")
   config.total_kimg = 450.0
-  config.steps_per_call = 20
 
   config.data.dataset = "sklearn_digits"
-  config.data.image_size = 16
   config.data.flip = False  # a mirrored digit is none
-
-  config.generator.width = 64
-  config.generator.depth = 2
-  config.generator.num_heads = 4
-  config.generator.mlp_dim = 256
-  config.generator.latent_dim = 64
-  config.generator.mapping_depth = 4
-  config.generator.decoder_dim = 64
-  config.generator.position_scale = 2.0
-  config.generator.fourier_scale = 2.0
-
-  config.discriminator.width = 64
-  config.discriminator.depth = 2
-  config.discriminator.num_heads = 4
-  config.discriminator.mlp_dim = 256
-  config.discriminator.qk_gain = 0.35
-  config.discriminator.position_scale = 2.0
 
   config.loss.bcr_weight = 1.0
 
@@ -66,10 +46,6 @@ def get_config(arg=""):
   config.augment.scaling = 0.0
   config.augment.cutout = 0.25
 
-  config.evaluation.features = "efficientnet"
   config.evaluation.num_samples = 2_000
-
-  config.log_every_kimg = 5.0
   config.sample_every_kimg = 25.0
-  config.checkpoint_every_kimg = 50.0
   return common.apply_argument(config, arg)

@@ -13,15 +13,8 @@ from configs import common
 
 
 def get_config(arg=""):
-  """Returns the config.
-
-  Args:
-    arg: "tiny" for 16 px and two cores, beside the words of
-      `common.apply_argument`.
-  """
-  words = arg.split(",")
-  config = common.get_config()
-  config = common.apply_argument(config, "g=gat,d=gat")
+  """Returns the config; for `arg` see `common.apply_argument`."""
+  config = common.apply_argument(common.get_config(), "g=gat,d=gat")
   config.batch_size = 512
   config.loss.adversarial = "rpgan"
   config.loss.bcr_weight = 0.0
@@ -30,19 +23,8 @@ def get_config(arg=""):
   config.loss.gradient_penalty = "approximate"
   config.augment.scaling = 0.0
   config.ema.half_life_kimg = 355.0  # 0.999 a step
-  if "tiny" in words:
-    words.remove("tiny")
-    config.batch_size = 64
-    config.steps_per_call = 20
-    config.total_kimg = 1_500.0
-    config.data.image_size = 16
-    for network in (config.generator, config.discriminator):
-      network.update(patch_size=4, width=64, depth=4, num_heads=4)
-    config.log_every_kimg = 5.0
-    config.sample_every_kimg = 50.0
-    config.checkpoint_every_kimg = 50.0
-    config.evaluation.features = "efficientnet"
+  config = common.apply_argument(config, arg)
   for optimizer in (config.g_optimizer, config.d_optimizer):
     optimizer.learning_rate = 2e-4 * 768 / config.generator.width
     optimizer.clip_norm = 1.0
-  return common.apply_argument(config, ",".join(words))
+  return config

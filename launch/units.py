@@ -8,7 +8,9 @@ them. All launchers start what this prints. Without --sweep it is one run.
 
 A sweep is a file with a function `sweep(add)`, which calls `add({field: value,
 ...})` once for each work unit, or `add({...}, name=...)` where the fields and
-values that differ make too long a name; see configs/sweeps.
+values that differ make too long a name; see configs/sweeps. A change of
+`generator.kind` or `discriminator.kind` is what `g=` and `d=` are after
+--config: that network comes with its own fields.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
+from vitgan_jax.models import networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +112,32 @@ def make_units(path, config, overrides, sweep=None, workdir=None):
       raise ConfigError(
         f"{sweep} sets {field}: leave --config.{field} out, or change the sweep"
       )
-    _check(config, change, sweep)
+    own_path, own_config = _with_kinds(path, config, overrides, change, sweep)
+    _check(own_config, change, sweep)
     if name in units:
       raise ConfigError(f"{sweep} has two work units of the name {name}")
     folder = os.path.join(workdir, name)
-    units[name] = _make_unit(name, folder, path, {**overrides, **change})
+    units[name] = _make_unit(name, folder, own_path, {**overrides, **change})
   return list(units.values())
+
+
+def _with_kinds(path, config, overrides, change, sweep):
+  """Takes the kinds of networks out of a change; returns (path, config).
+
+  The path has them as arguments, and the config is what it then gives.
+  """
+  kinds = {name: change.pop(f"{name}.kind", None) for name in networks.TABLES}
+  words = [f"{name[0]}={kind}" for name, kind in kinds.items() if kind]
+  if not words:
+    return path, config
+  path += ("," if ":" in path else ":") + ",".join(words)
+  file, argument = path.split(":")
+  try:
+    config = runpy.run_path(file)["get_config"](argument)
+    config.update_from_flattened_dict(overrides)
+  except (KeyError, TypeError, ValueError, ConfigError) as error:
+    raise ConfigError(f"{sweep} does not fit {path}: {error}") from error
+  return path, config
 
 
 def _make_unit(name, workdir, path, values):

@@ -56,6 +56,25 @@ NUM_PARAMETERS = {
   "vanilla_vit:smoke": (13_424, 11_361),
 }
 
+# The same of each kind in the size of `:tiny`.
+NUM_TINY_PARAMETERS = {
+  "generator": {
+    "vitgan": 170_627,
+    "stylegan2": 177_454,
+    "cips": 95_024,
+    "biggan": 224_963,
+    "transgan": 258_947,
+    "gat": 302_864,
+  },
+  "discriminator": {
+    "vitgan": 108_481,
+    "stylegan2": 211_041,
+    "biggan": 190_913,
+    "transgan": 134_572,
+    "gat": 212_433,
+  },
+}
+
 # Metrics of the first step of a config's `:smoke`, on random images.
 GOLDEN = {
   "cips_cifar10": {
@@ -217,6 +236,23 @@ def test_config_is_valid_and_its_networks_have_their_parameters(name):
   )
 
 
+@pytest.mark.parametrize(
+  "network, kind",
+  [
+    (network, kind)
+    for network in networks.TABLES
+    for kind in networks.TABLES[network]
+  ],
+)
+def test_every_kind_has_a_size_for_two_cores(network, kind):
+  config = get_config(f"cifar16:{network[0]}={kind}")
+  assert config.data.image_size == 16
+  config_lib.validate(config)
+  params = getattr(train_state_of(config), f"{network[0]}_params")
+  assert num_parameters(params) == NUM_TINY_PARAMETERS[network].get(kind)
+  assert num_parameters(params) < 310_000
+
+
 @pytest.mark.slow  # the smaller one runs for its golden metrics
 @pytest.mark.parametrize("module", MODULES)
 def test_training_step_traces_and_keeps_the_state_in_shape(module):
@@ -261,7 +297,9 @@ def test_smoke_is_the_same_experiment_within_64_images(module):
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("word", ["huge", "g", "g=", "x=vitgan"])
 def test_unknown_argument_is_an_error(module, word):
-  with pytest.raises(ValueError, match=f"'{word}' must be one of smoke, g="):
+  with pytest.raises(
+    ValueError, match=f"'{word}' must be one of tiny, smoke, g="
+  ):
     get_config(f"{module}:smoke,{word}")
 
 
@@ -281,7 +319,10 @@ def test_kind_that_a_config_has_is_left_as_the_config_has_it():
 @pytest.fixture
 def other_kind(monkeypatch):
   kind = networks.Kind(
-    "module:Class", {"latent_dim": 8, "depth": 3}, {"depth": 1}
+    "module:Class",
+    {"latent_dim": 8, "depth": 3},
+    smoke={"depth": 1},
+    tiny={"depth": 2},
   )
   monkeypatch.setitem(networks.GENERATORS, "other", kind)
 
@@ -298,6 +339,8 @@ def test_another_kind_has_its_own_fields_and_all_else_stays():
     other.generator.width = 1
   small = get_config("digits:smoke,g=other")
   assert (small.generator.latent_dim, small.generator.depth) == (8, 1)
+  tiny_one = get_config("digits:tiny,g=other")
+  assert (tiny_one.generator.latent_dim, tiny_one.generator.depth) == (8, 2)
   with config.unlocked(), other.unlocked():
     del config.generator, other.generator
   assert other == config

@@ -55,6 +55,23 @@ def test_each_unit_has_its_name_folder_and_fields(tmp_path):
   )
 
 
+def test_another_kind_of_network_comes_with_its_own_fields(tmp_path):
+  text = (
+    "[add({'discriminator.kind': 'biggan', 'discriminator.num_halvings': n})"
+    " for n in (1, 2)]"
+  )
+  sweep = written(tmp_path, text)
+  made = make(sweep, {"seed": 3}, path="configs/cifar10.py:smoke")
+  assert [unit.name for unit in made] == ["num_halvings=1", "num_halvings=2"]
+  assert made[1].arguments[::2] == (
+    "--config=configs/cifar10.py:smoke,d=biggan",
+    "--config.seed=3",
+  )
+  assert made[1].arguments[3] == "--config.discriminator.num_halvings=2"
+  with pytest.raises(ConfigError, match='"width" does not exist'):
+    make(sweep, {"discriminator.width": 32})
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_gives_units_of_its_own(path):
   made = make(str(path))
@@ -89,6 +106,8 @@ def test_names_are_safe_and_commands_quoted(tmp_path):
     ("add({'seed': 'one'})", "seed"),
     ("add({'g_optimizer.b1': 2.0})", "must be in"),
     ("add({'total_kimg': 1.0})", "leave --config.total_kimg out"),
+    ("add({'generator.kind': 'nix'})", "must be one of vitgan"),
+    ("add({'generator.kind': 'cips', 'generator.depth': 1})", "depth"),
     ("add({'seed': 1}); add({'seed': 1})", "two work units of the name"),
     ("add({})", "without a change"),
     ("pass", "adds no work unit"),

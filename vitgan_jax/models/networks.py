@@ -53,6 +53,7 @@ class Kind(NamedTuple):
       a field `where` + its name.
     fields: {name: value}, the defaults of its part of the config.
     smoke: those that `:smoke` changes, to train within seconds.
+    tiny: those that `:tiny` changes, for two cores to learn 16 px.
     loss: those of `config.loss` that it cannot do without; who chooses the kind
       by `g=` or `d=` gets them.
   """
@@ -60,6 +61,7 @@ class Kind(NamedTuple):
   path: str
   fields: dict
   smoke: dict
+  tiny: dict = {}
   loss: dict = {}
 
   def load(self):
@@ -67,11 +69,14 @@ class Kind(NamedTuple):
     return pkgutil.resolve_name(self.path)
 
 
+_TINY = dict(width=64, depth=2, num_heads=4, mlp_dim=256, position_scale=2.0)
 _SMALL = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
 # StyleGAN2's largest: base_channels / resolution, at most max_channels
 _CONFIG_F = dict(base_channels=32768, max_channels=512)
+_TINY_CONFIG_F = dict(base_channels=512, max_channels=64, mapping_depth=2)
 # Size S; B is of width 768 and 12 heads, L of 1024, 16 and depth 24.
 _GAT = dict(patch_size=2, width=384, depth=12, num_heads=6, num_levels=4)
+_TINY_GAT = dict(patch_size=4, width=64, depth=4, num_heads=4)
 _SMALL_GAT = dict(patch_size=4, width=32, depth=2, num_heads=2, num_levels=2)
 
 GENERATORS = {
@@ -97,6 +102,13 @@ GENERATORS = {
       fourier_scale=3.0,
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
+    dict(
+      **_TINY,
+      latent_dim=64,
+      mapping_depth=4,
+      decoder_dim=64,
+      fourier_scale=2.0,
+    ),
   ),
   "stylegan2": Kind(
     "vitgan_jax.models.stylegan2:Generator",
@@ -108,6 +120,7 @@ GENERATORS = {
       style_mixing=0.9,  # probability, in training
     ),
     dict(latent_dim=32, mapping_depth=2, max_channels=16),
+    dict(**_TINY_CONFIG_F, latent_dim=64, style_mixing=0.0),
   ),
   "cips": Kind(
     "vitgan_jax.models.cips:Generator",
@@ -118,6 +131,7 @@ GENERATORS = {
       **_CONFIG_F,
     ),
     dict(latent_dim=32, mapping_depth=2, max_channels=16),
+    dict(**_TINY_CONFIG_F, latent_dim=64),
   ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Generator",
@@ -128,16 +142,19 @@ GENERATORS = {
       kernel_init="normal",  # or "orthogonal"
     ),
     dict(latent_dim=16, channels=(8, 8, 8, 8)),
+    dict(latent_dim=64, channels=(64, 64, 64)),
   ),
   "transgan": Kind(
     "vitgan_jax.models.transgan:Generator",
     dict(width=1024, depths=(5, 4, 2), num_heads=4, latent_dim=256),
     dict(width=64, depths=(1, 1, 1), num_heads=2, latent_dim=32),
+    dict(width=64, depths=(2, 2), latent_dim=32),
   ),
   "gat": Kind(
     "vitgan_jax.models.gat:Generator",
     dict(**_GAT, latent_dim=64),
     dict(**_SMALL_GAT, latent_dim=32),
+    _TINY_GAT,
   ),
 }
 
@@ -158,6 +175,7 @@ DISCRIMINATORS = {
       position_scale=3.0,
     ),
     _SMALL,
+    dict(**_TINY, qk_gain=0.35),
   ),
   "stylegan2": Kind(
     "vitgan_jax.models.stylegan2:Discriminator",
@@ -169,8 +187,9 @@ DISCRIMINATORS = {
       mapping_lr_multiplier=0.01,
     ),
     dict(max_channels=16, group_size=1, mapping_depth=2),
+    dict(**_TINY_CONFIG_F, group_size=4),
     # Nothing else bounds its slope. The gamma of DiffAugment's StyleGAN2.
-    dict(r1_gamma=0.1),
+    loss=dict(r1_gamma=0.1),
   ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Discriminator",
@@ -181,16 +200,19 @@ DISCRIMINATORS = {
       kernel_init="normal",
     ),
     dict(channels=(8, 8)),
+    dict(channels=(64, 64, 64)),
   ),
   "transgan": Kind(
     "vitgan_jax.models.transgan:Discriminator",
     dict(width=384, depths=(3, 3, 1), num_heads=4),
     dict(width=32, depths=(1, 1, 1), num_heads=2),
+    dict(width=64, depths=(1, 1, 1)),
   ),
   "gat": Kind(
     "vitgan_jax.models.gat:Discriminator",
     dict(**_GAT, head_dim=2048),  # features before a class comes in
     dict(**_SMALL_GAT, head_dim=64),
+    dict(**_TINY_GAT, head_dim=512),
   ),
 }
 

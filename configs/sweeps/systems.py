@@ -1,0 +1,90 @@
+"""The systems that the paper compares, and those that came with and after them.
+
+    python -m launch.local --config=configs/cifar16.py \
+      --sweep=configs/sweeps/systems.py
+
+has each in a size that two cores carry, --config=configs/cifar10.py in its own.
+Images, augmentation and the average of the generator are those of the config;
+networks, objective and rates are each system's, as in its own config.
+"""
+
+
+def _rates(rate, **others):
+  """Returns the fields of both optimisers."""
+  return {
+    f"{optimizer}.{field}": value
+    for optimizer in ("g_optimizer", "d_optimizer")
+    for field, value in {"learning_rate": rate, **others}.items()
+  }
+
+
+def _kinds(generator, discriminator):
+  return {"generator.kind": generator, "discriminator.kind": discriminator}
+
+
+SYSTEMS = {
+  "vitgan": {"loss.bcr_weight": 1.0},
+  "vitgan_cond": {"loss.bcr_weight": 1.0, "data.num_classes": 10},
+  "vanilla_vit": {
+    "generator.latent_injection": "add",
+    "generator.patch_decoder": "linear",
+    "discriminator.attention": "dot",
+    "discriminator.qk_gain": 1.0,
+    "discriminator.spectral_norm": "none",
+    "discriminator.overlap": 0,
+    "loss.bcr_weight": 1.0,
+    "loss.r1_gamma": 10.0,
+  },
+  "hybrid": {
+    "discriminator.kind": "stylegan2",
+    "generator.patch_decoder": "conv",
+    "loss.bcr_weight": 1.0,
+    "loss.bcr_anchor": "augmented",
+    "loss.r1_gamma": 0.1,
+    **_rates(1e-3, warmup_kimg=20.0),
+  },
+  "stylegan2": {
+    **_kinds("stylegan2", "stylegan2"),
+    "loss.bcr_weight": 0.0,
+    "loss.r1_gamma": 0.01,
+    **_rates(2.5e-3),
+  },
+  "cips": {
+    **_kinds("cips", "stylegan2"),
+    "loss.bcr_weight": 0.0,
+    "loss.r1_gamma": 0.1,
+    **_rates(2e-3),
+  },
+  "biggan": {
+    **_kinds("biggan", "biggan"),
+    "data.num_classes": 10,
+    "d_steps": 4,
+    "loss.adversarial": "hinge",
+    "loss.bcr_weight": 0.0,
+    **_rates(2e-4, b2=0.999),
+  },
+  "transgan": {
+    **_kinds("transgan", "transgan"),
+    "d_steps": 4,
+    "loss.adversarial": "wasserstein",
+    "loss.bcr_weight": 0.0,
+    "loss.gp_weight": 10.0,
+    "loss.drift_weight": 1e-3,
+    **_rates(1e-4, clip_norm=5.0),
+  },
+  "gat": {
+    **_kinds("gat", "gat"),
+    "loss.adversarial": "rpgan",
+    "loss.bcr_weight": 0.0,
+    "loss.r1_gamma": 0.1,
+    "loss.r2_gamma": 0.1,
+    "loss.gradient_penalty": "approximate",
+    **_rates(2e-3, clip_norm=1.0),
+  },
+}
+
+
+def sweep(add):
+  """Adds a work unit for each system."""
+  for name, changes in SYSTEMS.items():
+    add(changes, name=name)
