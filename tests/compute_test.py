@@ -103,6 +103,37 @@ def test_first_twenty_classes_are_scored_where_there_are_many():
   assert skipped == "10 classes after the first 20"
 
 
+def test_agreement_is_the_share_of_samples_beside_the_mean_of_their_class():
+  # Of clusters as round as these, the linear discriminant is the nearest mean.
+  rng = np.random.default_rng(0)
+  means = rng.normal(size=(3, 16))
+  labels = np.arange(900) % 3
+  real = means[labels] + rng.normal(size=(900, 16))
+  asked = np.repeat([0, 1, 2], 200)
+  made = np.where(rng.random(600) < 0.7, asked, (asked + 1) % 3)
+  fake = means[made] + rng.normal(size=(600, 16))
+  values = compute.class_agreement((real, labels), (fake, asked))
+
+  def nearest(x):
+    return np.argmin(((x[:, None] - means) ** 2).sum(axis=2), axis=1)
+
+  assert values["fake"] == pytest.approx(
+    np.mean(nearest(fake) == asked), abs=0.02
+  )
+  assert values["real"] == pytest.approx(
+    np.mean(nearest(real) == labels), abs=0.02
+  )
+  assert 0.6 < values["fake"] < 0.75 < values["real"]
+  assert values["chance"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(200), np.arange(200) // 160])
+def test_no_classifier_is_fitted_to_few_images_or_one_class(labels):
+  features = np.random.default_rng(0).normal(size=(200, 4))
+  labelled = features, labels.astype(int)
+  assert compute.class_agreement(labelled, labelled) is None
+
+
 @pytest.mark.parametrize(
   "count, name", [(50_000, "50k"), (2_000, "2k"), (1497, "1497"), (999, "999")]
 )

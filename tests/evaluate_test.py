@@ -14,7 +14,7 @@ from tests import checkpoint_test, monitor_test, networks, runs, tiny
 from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
-from vitgan_jax.metrics import features, reference, score
+from vitgan_jax.metrics import features, fid, reference, score, statistics
 
 NUM_SAMPLES = 1000
 
@@ -293,6 +293,38 @@ def test_data_may_have_moved(workdir, tmp_path):
   shutil.copytree(old, prepare.prepared_path(config.data))
   evaluate_quietly(workdir, machine=config)
   assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
+
+
+def test_other_real_images_are_another_protocol(evaluated, tmp_path):
+  workdir = shutil.copytree(evaluated[0], tmp_path / "run")
+  before = evaluate.read_records(workdir)
+  data = digits.get_config("smoke").data
+  data.split = "train[:1200]"
+  held_out = prepare.prepare(data)
+  table = evaluate_quietly(workdir, real=held_out)
+  assert "against the 1,200 images of sklearn_digits" in table
+  *old, new = evaluate.read_records(workdir)
+  assert old == before
+  assert new["protocol"]["split"] == "train[:1200]"
+  sample.sample(workdir, NUM_SAMPLES, 0, tmp_path / "samples")
+  real, fake = (
+    statistics.from_features(networks.features_of(images))
+    for images in (
+      pipeline.PreparedImages(held_out)[:],
+      score.load_images(tmp_path / "samples"),
+    )
+  )
+  distance = fid.frechet_distance(real, fake)
+  assert next(iter(new["scores"].values())) == pytest.approx(distance, rel=1e-4)
+
+
+def test_reference_that_does_not_fit_is_an_error(workdir, tmp_path):
+  for folder, message in ((tmp_path, "no card.json"), (None, "of 8 px")):
+    data = digits.get_config("smoke").data
+    data.image_size = 8
+    with pytest.raises(config_lib.ConfigError, match=message):
+      evaluate_quietly(workdir, real=folder or prepare.prepare(data))
+  assert not (workdir / "scores.jsonl").exists()
 
 
 def test_workdir_without_checkpoints_is_an_error(workdir):

@@ -222,6 +222,7 @@ def test_each_class_is_scored_by_itself(run, scored, tmp_path):
   labels = images.labels()[kept]
   assert list(record["class_scores"]) == [str(i) for i in range(10)]
   assert record["class_scores_skipped"] == ""
+  assert 0 <= record["class_agreement"]["fake"] <= 1
   for c in (0, 7):
     values = record["class_scores"][str(c)]
     x, y = real[labels == c], fake[c::10]

@@ -122,6 +122,10 @@ class Evaluator:
       )
       record["class_share"] = dict(zip(classes, shares.round(6).tolist()))
       if self._labels is not None and long:
+        record["class_agreement"] = compute.class_agreement(
+          (self.reference.features, labels),
+          (fake.features, np.asarray(self._labels)),
+        )
         record["class_scores"], record["class_scores_skipped"] = (
           compute.class_scores(
             self.protocol["network"],
@@ -223,6 +227,7 @@ def evaluate(
   num_samples=None,
   seed=0,
   machine=None,
+  real=None,
 ):
   """Scores checkpoints of a run.
 
@@ -241,6 +246,7 @@ def evaluate(
     seed: of their latents.
     machine: a config that says where the data and compiled programs are on this
       machine; nothing else of it counts. None is as the run has it.
+    real: folder of a prepared dataset to score against; None is the run's.
 
   Raises:
     ConfigError: if there is no such checkpoint, or it cannot be scored.
@@ -291,7 +297,7 @@ def evaluate(
         continue
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
-          images = pipeline.load_images(config.data)
+          images = _real_images(config, real)
         compute.check_count(network, "real", len(images))
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = [
@@ -324,6 +330,29 @@ def evaluate(
     raise config_lib.ConfigError(
       f"the scores of step {steps}, above, are not kept: {lost.popitem()[1]}"
     )
+
+
+def _real_images(config, folder):
+  """Returns the PreparedImages of a folder; None is the run's dataset.
+
+  Raises:
+    ConfigError: if there are none, or of another size than the run's.
+  """
+  if folder is None:
+    return pipeline.load_images(config.data)
+  if not (epath.Path(folder) / "card.json").exists():
+    raise config_lib.ConfigError(
+      f"--reference={folder} is no prepared dataset: it has no card.json. "
+      "`python -m vitgan_jax.data.prepare` makes one, and prints its folder"
+    )
+  images = pipeline.PreparedImages(epath.Path(folder))
+  size = images.card["image_size"]
+  if size != config.data.image_size:
+    raise config_lib.ConfigError(
+      f"--reference={folder} has images of {size} px, and the run makes "
+      f"{config.data.image_size} px: prepare them at this size"
+    )
+  return images
 
 
 def _steps(manager, which, total_steps):
@@ -359,6 +388,12 @@ def report(record, is_best):
   if "class_share" in record:
     shares = [f"{k} {v:.1%}" for k, v in record["class_share"].items()]
     print("  classes, by nearest real images: " + ", ".join(shares[:20]))
+  if agreement := record.get("class_agreement"):
+    print(
+      f"  {'samples taken for their class':<34}{agreement['fake']:<10.3f}by a "
+      f"linear classifier, right on {agreement['real']:.3f} of real images; "
+      f"chance {agreement['chance']:.3f}"
+    )
   for name, values in record.get("class_scores", {}).items():
     key = next(iter(values))
     counts = f"{values['num_fake']:,} samples, {values['num_real']:,} real"

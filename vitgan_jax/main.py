@@ -48,6 +48,7 @@ _MODES_OF = {
   "num_samples": ("evaluate", "sample"),
   "seed": ("evaluate", "sample"),
   "checkpoint": ("evaluate",),
+  "reference": ("evaluate",),
   "features": ("evaluate",),
   "inception_weights": ("evaluate",),
   "output": ("sample",),
@@ -80,6 +81,13 @@ _INCEPTION_WEIGHTS = cli.define_path(
   None,
   "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
   "which it is downloaded.",
+)
+_REFERENCE = cli.define_path(
+  "reference",
+  None,
+  "Other real images to score against than those trained on, with "
+  "--mode=evaluate: a folder that vitgan_jax.data.prepare made, of images held "
+  "out for one.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -165,6 +173,7 @@ def _evaluate():
     _NUM_SAMPLES.value,
     _SEED.value,
     _CONFIG.value,
+    _REFERENCE.value,
   )
 
 

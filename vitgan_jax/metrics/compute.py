@@ -107,6 +107,45 @@ def class_scores(network, real, fake, classes):
   return values, "; ".join(skipped)
 
 
+def class_agreement(real, fake, folds=5):
+  """Computes how many generated images a classifier takes for their class.
+
+  It is a linear one, of features: linear discriminant analysis, its covariance
+  shrunk as Ledoit and Wolf (2004) have it.
+
+  Args:
+    real: (features [N, F], their classes [N]), what it is fitted to.
+    fake: (features [M, F], the classes that were asked for [M]).
+    folds: parts that the real images are taken in, to classify each by the
+      others.
+
+  Returns:
+    {"fake", "real": shares that are classified as they should be, "chance":
+    that of the largest class}; None where a class has fewer than 50 real images
+    or there is one alone.
+  """
+  features, labels = real
+  counts = np.bincount(labels)
+  if len(counts) < 2 or counts.min() < _MIN_CLASS_IMAGES:
+    return None
+  # Late: it takes a second to import.
+  from sklearn import discriminant_analysis, model_selection
+
+  classifier = discriminant_analysis.LinearDiscriminantAnalysis(
+    solver="lsqr", shrinkage="auto"
+  )
+  found = model_selection.cross_val_predict(
+    classifier, features, labels, cv=folds
+  )
+  fake_features, asked = fake
+  classifier.fit(features, labels)
+  return {
+    "fake": float(np.mean(classifier.predict(fake_features) == asked)),
+    "real": float(np.mean(found == labels)),
+    "chance": float(counts.max() / counts.sum()),
+  }
+
+
 def check_count(network, kind, num):
   """Raises a ConfigError if images are too few for `scores`; costs nothing.
 
