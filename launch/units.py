@@ -107,7 +107,7 @@ def make_units(path, config, overrides, sweep=None, workdir=None):
     "runs", f"{stem}-{pathlib.Path(sweep).stem}"
   )
   units = {}
-  for name, change in _read(sweep):
+  for name, change in read(sweep):
     for field in change.keys() & overrides.keys():
       raise ConfigError(
         f"{sweep} sets {field}: leave --config.{field} out, or change the sweep"
@@ -146,8 +146,12 @@ def _make_unit(name, workdir, path, values):
   return Unit(name, workdir, tuple(arguments))
 
 
-def _read(sweep):
-  """Returns the names and changes that a sweep's file adds."""
+def read(sweep):
+  """Returns the names and changes that a sweep's file adds.
+
+  Raises:
+    ConfigError: if it cannot be read, or adds nothing.
+  """
   names, changes = [], []
 
   def add(change, name=None):

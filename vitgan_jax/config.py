@@ -13,7 +13,7 @@ from vitgan_jax.kernels import IMPLEMENTATIONS
 MACHINE_FIELDS = ("compilation_cache", "data.data_dir", "data.path")
 
 # What the same run may be given anew when it resumes.
-_MAY_CHANGE = (
+MAY_CHANGE = (
   *MACHINE_FIELDS,
   "total_kimg",
   # These give the same numbers, up to the order of float32 sums.
@@ -270,7 +270,7 @@ def load(workdir):
       f"{path} is damaged: it holds no config. To resume the run, with its own "
       "--config, writes it anew"
     ) from error
-  fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *_MAY_CHANGE}
+  fields = {*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_SHARES, *MAY_CHANGE}
   for name in _OPTIMIZERS:
     fields |= {f"{name}.{x}" for xs in _OPTIMIZER_FIELDS.values() for x in xs}
   different = sorted(fields - flatten(config).keys())
@@ -341,7 +341,7 @@ def claim_workdir(config, workdir, names=()):
   differences = [
     f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
     for field in sorted(old.keys() | new.keys())
-    if old.get(field) != new.get(field) and field not in _MAY_CHANGE
+    if old.get(field) != new.get(field) and field not in MAY_CHANGE
   ]
   if differences:
     raise ConfigError(
