@@ -17,10 +17,9 @@ test split; 11.07 without). What a device has of a batch must be a multiple of
 the group: more than two devices want a larger batch, or
 --config.discriminator.group_size=8.
 
-StyleGAN2 on other images: --config=configs/celeba64.py:g=stylegan2,d=stylegan2
-is config F of its paper, under that config's training and R1 of 0.1. Half its
-channels at 64 px are --config.generator.base_channels=16384 and the same of the
-discriminator; path length, as there, --config.loss.path_length_weight=2.
+configs/stylegan2_celeba64.py is config F of its paper, at 64 x 64; on any other
+images it is --config=configs/NAME.py:g=stylegan2,d=stylegan2, under that
+config's training and R1 of 0.1.
 
 G has 19.9 M parameters, D 20.7 M.
 """

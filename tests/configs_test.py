@@ -52,6 +52,12 @@ NUM_PARAMETERS = {
   "lsun_bedroom64:smoke": (20_291, 33_345),
   "stylegan2_cifar10": (19_947_539, 20_720_641),
   "stylegan2_cifar10:smoke": (24_627, 20_577),
+  "stylegan2_celeba64": (27_032_600, 26_488_833),
+  "stylegan2_celeba64:smoke": (30_904, 26_241),
+  "stylegan2_ffhq64": (27_032_600, 26_488_833),
+  "stylegan2_ffhq64:smoke": (30_904, 26_241),
+  "stylegan2_lsun_bedroom64": (27_032_600, 26_488_833),
+  "stylegan2_lsun_bedroom64:smoke": (30_904, 26_241),
   "vanilla_vit": (8_447_280, 7_265_665),
   "vanilla_vit:smoke": (13_424, 11_361),
 }
@@ -170,6 +176,15 @@ GOLDEN = {
     "scores/fake": -0.1369108,
     "scores/real": -0.1276578,
   },
+  "stylegan2_celeba64": {
+    "loss/d": 1.200496,
+    "loss/g": 1.601176,
+    "path_length/mean": 1.290395,
+    "penalty/path_length": 7.422031,
+    "penalty/r1": 0.01005188,
+    "scores/fake": -0.6437147,
+    "scores/real": -0.09317875,
+  },
   "vanilla_vit": {
     "loss/d": 1.45403,
     "loss/g": 0.5160784,
@@ -182,6 +197,8 @@ GOLDEN = {
 # These share the model and the training of celeba64.
 for name in ("ffhq64", "folder", "lsun_bedroom64"):
   GOLDEN[name] = GOLDEN["celeba64"]
+for name in ("ffhq64", "lsun_bedroom64"):
+  GOLDEN[f"stylegan2_{name}"] = GOLDEN["stylegan2_celeba64"]
 
 MODULES = sorted(
   path.stem
