@@ -93,13 +93,34 @@ class Conv(Equalized):
     return y if weights.bias is None else y + weights.bias.astype(y.dtype)
 
 
+def modulated(x, style, weights, resample=None):
+  """Convolves images whose input channels are scaled, and demodulates.
+
+  Demodulation brings the output channels back to the variance that they have
+  without scales (Karras et al. 2020, equations 1 and 3). The activations are
+  scaled in place of the kernel, which is equal, and lets the whole batch share
+  one convolution.
+
+  Args:
+    x: [B, H, H, in], of the computation's type.
+    style: the scales [B, in].
+    weights: `Linear` of a kernel [K, K, in, out]; its bias is not added.
+    resample: see `convolve`.
+  """
+  squared = jnp.sum(jnp.square(weights.kernel), axis=(0, 1))
+  demodulation = lax.rsqrt(
+    jnp.square(style.astype(jnp.float32)) @ squared + 1e-8
+  )
+  y = convolve(
+    x * style[:, None, None], weights.kernel.astype(x.dtype), resample
+  )
+  return y * demodulation[:, None, None].astype(x.dtype)
+
+
 class StyledConv(nn.Module):
   """A convolution that w modulates; noise; a leaky ReLU.
 
-  An affine map of w scales the input channels, and demodulation brings the
-  output channels back to the variance that they have without (Karras et al.
-  2020, equations 1 and 3). The activations are scaled in place of the kernel,
-  which is equal, and lets the whole batch share one convolution.
+  An affine map of w gives the scales of `modulated`.
 
   Attributes:
     features: output channels.
@@ -123,13 +144,7 @@ class StyledConv(nn.Module):
     conv = Conv(self.features, name="conv")
     weights = conv.weights(self.size, self.size, fan_in)
     style = Dense(fan_in, bias_init=1.0, dtype=self.dtype, name="style")(w)
-    squared = jnp.sum(jnp.square(weights.kernel), axis=(0, 1))
-    demodulation = lax.rsqrt(
-      jnp.square(style.astype(jnp.float32)) @ squared + 1e-8
-    )
-    x = x.astype(self.dtype) * style[:, None, None]
-    y = convolve(x, weights.kernel.astype(self.dtype), self.resample)
-    y = y * demodulation[:, None, None].astype(self.dtype)
+    y = modulated(x.astype(self.dtype), style, weights, self.resample)
     noise_scale = self.param("noise_scale", nn.initializers.zeros, ())
     if noise is not None:
       y = y + (noise_scale * noise).astype(self.dtype)

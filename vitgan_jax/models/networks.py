@@ -133,6 +133,19 @@ GENERATORS = {
     dict(latent_dim=32, mapping_depth=2, max_channels=16),
     dict(**_TINY_CONFIG_F, latent_dim=64),
   ),
+  "ganformer": Kind(
+    "vitgan_jax.models.ganformer:Generator",
+    dict(
+      num_latents=16,  # that pixels attend to, beside the global one
+      component_dim=32,  # numbers in each
+      mapping_depth=4,  # pairs of layers
+      mapping_lr_multiplier=0.01,
+      attention_dropout=0.12,
+      **_CONFIG_F,
+    ),
+    dict(num_latents=3, component_dim=8, mapping_depth=1, max_channels=16),
+    dict(**_TINY_CONFIG_F, num_latents=8, component_dim=16),
+  ),
   "biggan": Kind(
     "vitgan_jax.models.biggan:Generator",
     dict(
