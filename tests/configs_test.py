@@ -107,6 +107,13 @@ GOLDEN = {
     "scores/fake": 0.08542327,
     "scores/real": 0.09054337,
   },
+  "ganformer_cifar10": {
+    "loss/d": 1.883976,
+    "loss/g": 0.5450696,
+    "penalty/r1": 0.01667299,
+    "scores/fake": 0.9949538,
+    "scores/real": 0.3716674,
+  },
   "gat_cifar10": {
     "loss/d": 1.048531,
     "loss/g": 0.9181136,
