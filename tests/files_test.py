@@ -1,6 +1,9 @@
 import json
+import os
 import pathlib
 import pwd
+import subprocess
+import sys
 
 import pytest
 
@@ -86,3 +89,41 @@ def test_whole_file_is_only_added_to(tmp_path, capsys):
   lines = path.read_text().splitlines()
   assert [json.loads(line) for line in lines] == [{"a": i} for i in range(3)]
   assert not capsys.readouterr().err
+
+
+def test_folder_is_held_by_one_process_until_it_dies(tmp_path):
+  program = (
+    "import sys, time; from vitgan_jax import files\n"
+    "with files.hold(sys.argv[1], '--workdir'):\n"
+    "  print(flush=True); time.sleep(99)"
+  )
+  other = subprocess.Popen(
+    [sys.executable, "-c", program, str(tmp_path / "run")],
+    stdout=subprocess.PIPE,
+  )
+  other.stdout.readline()
+  with pytest.raises(ConfigError) as error:
+    with files.hold(tmp_path / "run", "--workdir"):
+      pass
+  assert f"in use by process {other.pid} of " in str(error.value)
+  assert "\n" not in str(error.value)
+  other.kill()
+  other.communicate()
+  for _ in range(2):
+    with files.hold(tmp_path / "run", "--workdir"):
+      text = (tmp_path / "run" / ".lock").read_text()
+      assert text.startswith(f"process {os.getpid()} of ")
+
+
+def test_folder_that_cannot_be_held_is_an_error_of_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(
+    ConfigError, match=r"cannot write into --workdir=.*file/run"
+  ):
+    with files.hold(tmp_path / "file" / "run", "--workdir"):
+      pass
+
+
+def test_url_is_not_held():
+  with files.hold("gs://bucket/run", "--workdir"):
+    assert not os.path.exists("gs:")

@@ -68,6 +68,7 @@ def test_run_leaves_its_files(digits_run):
   events = {name for name in names if name.startswith("events.out.tfevents")}
   assert len(events) == 1
   assert names - events == {
+    ".lock",
     "config.json",
     "checkpoints",
     "samples",
@@ -312,6 +313,18 @@ def test_run_does_not_go_on_with_other_images(digits_run, tmp_path):
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
   with pytest.raises(config_lib.ConfigError, match=r"1,497 images.*1,496"):
     runs.train_quietly(config, workdir)
+  assert saved_steps(workdir) == [4, 8]
+
+
+def test_second_run_in_a_workdir_is_refused(digits_run, tmp_path):
+  config = digits.get_config("smoke")
+  config.total_kimg = 0.128
+  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+  before = (workdir / "config.json").read_bytes()
+  with files.hold(workdir, "--workdir"):
+    with pytest.raises(config_lib.ConfigError, match="in use by process"):
+      runs.train_quietly(config, workdir)
+  assert (workdir / "config.json").read_bytes() == before
   assert saved_steps(workdir) == [4, 8]
 
 

@@ -1,9 +1,13 @@
 """Files as people name them, and as crashes and bad disks leave them."""
 
+import contextlib
+import datetime
+import fcntl
 import functools
 import hashlib
 import json
 import os
+import socket
 import sys
 
 from etils import epath
@@ -78,3 +82,47 @@ def append_record(path, record):
     line = "\n" + line
   with path.open("a") as file:
     file.write(line)
+
+
+@contextlib.contextmanager
+def hold(folder, flag):
+  """Keeps a folder for this process, so that no other one holds it.
+
+  What a process held is free again when it ends, however it does. A URL, as
+  gs://bucket/run, and a file system without locks cannot be held.
+
+  Args:
+    folder: of this machine, made if it is not there; or a URL.
+    flag: that gave it, for messages.
+
+  Raises:
+    ConfigError: if another process holds it, and which; or if it cannot be
+      written into.
+  """
+  path = os.path.join(os.fspath(folder), ".lock")
+  if "://" in path:
+    yield
+    return
+  try:
+    os.makedirs(folder, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write into {flag}={folder}: {error.strerror or error}"
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise ConfigError(
+        f"{flag}={folder} is in use by {file.read() or 'another process'}: "
+        f"stop that one, or choose another {flag}"
+      ) from error
+    except OSError as error:
+      tell(f"{folder} cannot be locked ({error.strerror}): start no second run")
+    file.truncate(0)
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} of {socket.gethostname()}, since {now}")
+    file.flush()
+    yield

@@ -11,6 +11,7 @@ from vitgan_jax import (
   checkpoint,
   compilation,
   evaluate,
+  files,
   partitioning,
   processes,
 )
@@ -48,7 +49,8 @@ def train_and_evaluate(config, workdir):
     The last GANState.
 
   Raises:
-    ConfigError: if the config, the data or the workdir cannot be used.
+    ConfigError: if the config, the data or the workdir cannot be used, or
+      another process trains in the workdir.
     TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
   """
   config_lib.validate(config)
@@ -78,7 +80,6 @@ def train_and_evaluate(config, workdir):
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
   names = images.card["classes"] if config.data.num_classes else ()
-  _claim_workdir(config, workdir, names)
   batches = pipeline.ShuffledBatches(
     images,
     config_lib.images_per_step(config),
@@ -88,6 +89,7 @@ def train_and_evaluate(config, workdir):
   )
   is_primary = processes.is_primary()
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_claimed_workdir(config, workdir, names))
     stop = stack.enter_context(processes.StopSignal())
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
@@ -159,20 +161,24 @@ def train_and_evaluate(config, workdir):
   return state
 
 
-def _claim_workdir(config, workdir, names):
-  """Has the first process claim the workdir.
+@contextlib.contextmanager
+def _claimed_workdir(config, workdir, names):
+  """Has the first process claim the workdir, and hold it until the end.
 
   Raises:
     ConfigError: in all processes, if it cannot, or if one does not see it.
   """
-  with processes.raise_together():
-    if processes.is_primary():
-      config_lib.claim_workdir(config, workdir, names)
-  with processes.raise_together():
-    if config_lib.load(workdir) != config:
-      raise config_lib.ConfigError(
-        f"--workdir={workdir} must be one folder that all processes see"
-      )
+  with contextlib.ExitStack() as held:
+    with processes.raise_together():
+      if processes.is_primary():
+        held.enter_context(files.hold(workdir, "--workdir"))
+        config_lib.claim_workdir(config, workdir, names)
+    with processes.raise_together():
+      if config_lib.load(workdir) != config:
+        raise config_lib.ConfigError(
+          f"--workdir={workdir} must be one folder that all processes see"
+        )
+    yield
 
 
 def _feature_network(config, images):
