@@ -6,6 +6,7 @@ import pytest
 
 from tests import runs, tiny
 from vitgan_jax import config as config_lib
+from vitgan_jax import files
 
 CHOICES = {
   "dtype": ["float32", "bfloat16"],
@@ -229,6 +230,20 @@ def test_folder_without_a_readable_config_is_an_error(tmp_path, content):
     config_lib.load(tmp_path)
   assert "\n" not in str(error.value)
   assert runs.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", '["cat", "do', '{"cat": 1}', "[1, 2]"])
+def test_names_of_classes_that_are_damaged_are_told_of(
+  content, tmp_path, capsys
+):
+  assert config_lib.class_names(tmp_path) == []
+  config_lib.claim_workdir(tiny.tiny_config(), tmp_path, ["cat", "dog"])
+  assert config_lib.class_names(tmp_path) == ["cat", "dog"]
+  (tmp_path / "classes.json").write_text(content)
+  files.tell.cache_clear()
+  assert config_lib.class_names(tmp_path) == []
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "classes.json is damaged" in line
 
 
 @pytest.mark.parametrize("workdir", ["file", "file/run"])

@@ -39,6 +39,14 @@ NUM_PARAMETERS = {
   "ganformer_cifar10:smoke": (29_650, 21_345),
   "gat_cifar10": (29_161_776, 21_321_217),
   "gat_cifar10:smoke": (41_076, 28_693),
+  "ffhq128": (20_836_611, 7_835_521),
+  "ffhq128:smoke": (20_291, 107_073),
+  "ffhq256": (20_836_611, 7_835_521),
+  "ffhq256:smoke": (20_291, 107_073),
+  "gat_ffhq128": (29_438_976, 21_597_697),
+  "gat_ffhq128:smoke": (50_580, 37_909),
+  "gat_ffhq256": (29_438_976, 21_597_697),
+  "gat_ffhq256:smoke": (50_580, 37_909),
   "folder": (16_108_803, 10_203_265),
   "folder:smoke": (20_291, 33_345),
   "digits:smoke": (20_291, 14_913),
@@ -207,6 +215,7 @@ GOLDEN = {
 # These share the model and the training of celeba64.
 for name in ("ffhq64", "folder", "lsun_bedroom64"):
   GOLDEN[name] = GOLDEN["celeba64"]
+GOLDEN["ffhq128"] = GOLDEN["lsun_bedroom128"]
 for name in ("ffhq64", "lsun_bedroom64"):
   GOLDEN[f"stylegan2_{name}"] = GOLDEN["stylegan2_celeba64"]
 

@@ -309,8 +309,17 @@ def _names_path(workdir):
 
 def class_names(workdir):
   """Returns the names of a run's classes; [] if it has none, or none known."""
+  from vitgan_jax import files  # it imports this module
+
   path = _names_path(workdir)
-  return json.loads(path.read_text()) if path.exists() else []
+  try:
+    names = json.loads(path.read_text()) if path.exists() else []
+  except ValueError:
+    names = None
+  if isinstance(names, list) and all(isinstance(x, str) for x in names):
+    return names
+  files.tell(f"{path} is damaged: classes are known by number alone")
+  return []
 
 
 def claim_workdir(config, workdir, names=()):
