@@ -1,5 +1,6 @@
 """Files as people name them, and as crashes and bad disks leave them."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -48,6 +49,23 @@ def sha256(path):
 def tell(line):
   """Prints a line on standard error, once in a process."""
   print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def whole(path):
+  """Yields another path, to write to; what is there then gets its name.
+
+  If that fails, nothing is left of it.
+
+  Args:
+    path: pathlib.Path.
+  """
+  partial = path.with_name(f"{path.name}.partial")
+  try:
+    yield partial
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def read_records(path, *keys):
