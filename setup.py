@@ -51,6 +51,7 @@ setuptools.setup(
     # also the Makefile.
     "test": [
       "gradio>=6.0",
+      "imageio-ffmpeg>=0.6",
       "ipykernel>=7.0",
       "libtpu>=0.0.42; sys_platform == 'linux'",
       "nbclient>=0.10",
@@ -63,6 +64,7 @@ setuptools.setup(
       "torch>=2.13",
     ],
     "demo": ["gradio>=6.0"],
+    "film": ["imageio-ffmpeg>=0.6"],  # it brings ffmpeg along
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],

@@ -12,6 +12,7 @@ import time
 import types
 import urllib.request
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -51,6 +52,30 @@ def test_both_sliders_change_both_pictures(drawn):
   grid, strip = shown[0]
   assert grid.shape == (8 * 17 - 1, 8 * 17 - 1, 3)
   assert strip.shape == (16, 12 * 17 - 1, 3)
+
+
+def test_directions_shift_w_by_their_deviations(digits_run, drawn):
+  directions = drawn.__self__.directions
+  lengths = np.linalg.norm(directions, axis=1)
+  assert len(directions) == 4 and (np.diff(lengths) <= 0).all()
+  # Against w of the same latents, moved by hand.
+  generator = networks.build(digits_run.config).generator
+  variables = digits_run.state.g_ema_variables
+  key = jax.random.key(2)
+  latents = [
+    jax.random.normal(jax.random.fold_in(key, i), (32,)) for i in range(64)
+  ]
+
+  def images(generator, latents):
+    w = generator.mapping(latents)
+    return generator.synthesize(w + 1.5 * directions[0] - 2 * directions[3])
+
+  expected = generator.apply(variables, np.stack(latents), method=images)
+  expected = np.rint(np.clip(expected * 127.5 + 127.5, 0, 255))
+  grid, strip = drawn(2, 1.0, None, (1.5, 0.0, 0.0, -2.0))
+  difference = grid.astype(int) - pictures.image_grid(expected)
+  assert np.abs(difference).max() <= 1 and np.abs(difference).mean() < 0.01
+  assert (strip != drawn(2, 1.0)[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +161,7 @@ def call(address, *arguments):
 @needs_gradio
 def test_served_pictures_are_those_of_the_sliders(address, drawn):
   for seed, psi in [(0, 1.0), (5, 0.3)]:
-    *shown, download = call(address, seed, psi)
+    *shown, download = call(address, seed, psi, 0, 0, 0, 0)
     assert download == shown[0]
     for png, picture in zip(shown, drawn(seed, psi)):
       pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
@@ -155,7 +180,7 @@ def test_served_page_draws_the_class_that_is_chosen(tmp_path):
   drawn = demo.Pictures(run.workdir)
   with serving(run.workdir, tmp_path) as address:
     for value, label in [(-1, None), (7, 7)]:
-      png, _, _ = call(address, 0, 1.0, value)
+      png, _, _ = call(address, 0, 1.0, 0, 0, 0, 0, value)
       picture = drawn.draw(0, 1.0, label)[0]
       pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
       factor = len(pixels) // len(picture)
@@ -248,6 +273,9 @@ def test_in_a_browser_each_control_changes_the_pictures(address, tmp_path):
     slider = find("#truncation input[type=range]")
     slider.send_keys("\ue012" * 30)  # the left arrow
     wait_until(lambda: sources() and "seed0-psi0.70" in sources()[0])
+    slider = find("#direction1 input[type=range]")
+    slider.send_keys("\ue014" * 10)  # the right arrow
+    wait_until(lambda: sources() and "-+1.0-+0.0" in sources()[0])
     find("#dice").click()
     wait_until(lambda: sources() and "seed0-" not in sources()[0])
     shown = sources()

@@ -150,3 +150,41 @@ def test_size_that_does_not_fit_is_refused_with_the_nearest_that_do(
   assert config.data.image_size == image_size
   for size in nearest.split(", "):
     networks.check(sized(module, int(size)))
+
+
+@pytest.mark.parametrize(
+  "kind, num_styles", [("vitgan", 2), ("stylegan2", 6), ("cips", 7), ("gat", 2)]
+)
+def test_each_layer_takes_a_w_of_its_own(kind, num_styles):
+  config = digits.get_config(f"smoke,g={kind}")
+  generator = networks.build(config).generator
+  assert generator.num_styles == num_styles
+  z = jax.random.normal(jax.random.key(0), (2, generator.latent_dim))
+  variables = jax.jit(generator.init)(jax.random.key(1), z)
+  leaves, tree = jax.tree.flatten(variables)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  variables = tree.unflatten(  # of which some are zero at first
+    x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)
+  )
+  w = generator.apply(variables, z, None, method=_mapping)
+
+  @jax.jit
+  def slopes(w):
+    def loss(w):
+      return (generator.apply(variables, w, method="synthesize") ** 2).sum()
+
+    return jax.value_and_grad(loss)(w)
+
+  value, of_all = slopes(w)
+  repeated = w[:, None].repeat(num_styles, axis=1)
+  same, of_each = slopes(repeated)
+  np.testing.assert_allclose(same, value, rtol=1e-5)
+  # By the chain rule; and no layer is passed by.
+  np.testing.assert_allclose(
+    of_each.sum(axis=1), of_all, rtol=2e-3, atol=1e-4 * np.abs(of_all).max()
+  )
+  assert np.abs(of_each).max(axis=-1).min() > 1e-4 * np.abs(of_all).max()
+
+
+def _mapping(generator, latents, labels):
+  return generator.mapping(latents, labels)

@@ -23,6 +23,8 @@ from vitgan_jax.config import ConfigError
 
 _MAX_SEED = 9999
 _NUM_BETWEEN = 12  # pictures of the interpolation strip
+_NUM_DIRECTIONS = 4  # sliders
+_REACH = 3  # standard deviations, to either side
 _ALL = -1  # what the page calls all classes in turn
 _HOUR = 3600  # seconds that the pictures of a page are kept
 
@@ -40,7 +42,7 @@ class Pictures:
     import jax
     import numpy as np
 
-    from vitgan_jax import checkpoint, config, sample
+    from vitgan_jax import checkpoint, config, latent_space, sample
 
     # One device: its batch is the grid.
     devices = jax.local_devices()[:1]
@@ -52,13 +54,19 @@ class Pictures:
       map(str, self._classes)
     )
     self._variables = state.g_ema_variables
+    # One standard deviation each; none where w is the latent itself.
+    self.directions = (
+      latent_space.directions(nets, self._variables, _NUM_DIRECTIONS)
+      if latent_space.has_mapping_network(nets, self._variables)
+      else np.zeros((0, 1))
+    )
     self._mean_w = sample.mean_w(nets, self._variables)
     self._sampler = sample.make_sampler(nets, mesh)
     self._interpolate = sample.make_interpolator(
       nets, mesh, rows=1, columns=_NUM_BETWEEN
     )
 
-  def draw(self, seed, psi, label=None):
+  def draw(self, seed, psi, label=None, moves=()):
     """Returns (grid, strip) of a seed, uint8 [H, W, 3].
 
     Args:
@@ -66,6 +74,7 @@ class Pictures:
       psi: share of w's distance from its mean that is left; see
         `sample.make_sampler`.
       label: the class, or None for all in turn, a row each.
+      moves: standard deviations along each of the first `directions`.
     """
     import numpy as np
 
@@ -77,8 +86,10 @@ class Pictures:
     if label is not None:
       # As many as all of them: one program draws both.
       classes = np.full_like(classes, label)
-    samples = np.asarray(self._sampler(*arguments, 0, truncation, classes))
-    between = np.asarray(self._interpolate(*arguments, truncation, classes))[0]
+    shift = np.float32(moves) @ self.directions[: len(moves)]
+    common = truncation, classes, np.float32(shift)
+    samples = np.asarray(self._sampler(*arguments, 0, *common))
+    between = np.asarray(self._interpolate(*arguments, *common))[0]
     labels = None if classes is None else np.resize(classes, len(samples))
     return (
       pictures.class_grid(samples, labels),
@@ -98,13 +109,16 @@ def build_page(pictures, name, folder):
 
   from vitgan_jax.pictures import write_png
 
-  def draw(seed, psi, label=_ALL):
+  def draw(seed, psi, *others):
+    moves = others[: len(pictures.directions)]
+    label = _ALL if len(others) == len(moves) else others[-1]
     label = None if label == _ALL else label
     for old in folder.glob("*.png"):  # the page has copies
       old.unlink()
-    grid, strip = pictures.draw(seed, psi, label)
+    grid, strip = pictures.draw(seed, psi, label, moves)
     stem = f"{name}-step{pictures.step}-seed{int(seed)}-psi{psi:.2f}"
     stem += "" if label is None else f"-class{label}"
+    stem += "".join(f"-{x:+.1f}" for x in moves) if any(moves) else ""
     paths = [folder / f"{stem}{suffix}.png" for suffix in ("", "-between")]
     write_png(paths[0], grid, min_side=768)
     write_png(paths[1], strip, min_side=96)
@@ -136,6 +150,17 @@ def build_page(pictures, name, folder):
           elem_id="truncation",
         )
         controls = [seed, psi]
+        for i in range(1, len(pictures.directions) + 1):
+          controls.append(
+            gr.Slider(
+              -_REACH,
+              _REACH,
+              value=0,
+              step=0.1,
+              label=f"Direction {i} of w, in standard deviations",
+              elem_id=f"direction{i}",
+            )
+          )
         if pictures.class_names:
           choices = [(x, i) for i, x in enumerate(pictures.class_names)]
           controls.append(

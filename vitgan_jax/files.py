@@ -54,6 +54,23 @@ def tell(line):
   print(line, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def whole(path):
+  """Yields another path, to write to; what is there then gets its name.
+
+  If that fails, nothing is left of it.
+
+  Args:
+    path: pathlib.Path.
+  """
+  partial = path.with_name(f"{path.name}.partial")
+  try:
+    yield partial
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
 def read_records(path, *keys):
   """Returns the records of a file of JSON lines, dicts, oldest first.
 

@@ -25,7 +25,7 @@ _NUM_ON_GRID = 64
 
 
 def make_sampler(nets, mesh):
-  """Returns `sampler(variables, seed, start, truncation, classes)`, of a batch.
+  """Returns `sampler(variables, seed, start, truncation, classes, shift)`.
 
   Sample i of a seed is the same image whatever batch it is drawn in. A batch is
   uint8 [BATCH_SIZE * devices, S, S, 3]: the samples from `start` on.
@@ -34,7 +34,8 @@ def make_sampler(nets, mesh):
   mean_w): w is drawn nearer to its mean (Karras et al. 2019, B), which is that
   of the sample's class. At psi 1 it stays as it is, to the last bit; at 0 it is
   the mean for all; see `mean_w`. `classes`, of a generator that has some, are
-  as `labels_of` takes them. Whatever the numbers, one program draws them.
+  as `labels_of` takes them. `shift` is None, or [W], added to each w. Whatever
+  the numbers, one program draws them.
   """
   if nets.implementation == "pallas":
     # Other devices than those of the run may not have them.
@@ -43,40 +44,45 @@ def make_sampler(nets, mesh):
   generator = nets.generator
   batch_size = BATCH_SIZE * mesh.size
 
-  def draw(variables, seed, numbers, labels, truncation):
+  def draw(variables, seed, numbers, labels, truncation, shift):
     key = jax.random.key(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
     latents = draw_latents(keys, generator.latent_dim)
     noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return _draw(generator, variables, latents, labels, noise_keys, truncation)
+    return _draw(
+      generator, variables, latents, labels, noise_keys, truncation, shift
+    )
 
   whole, split = PartitionSpec(), PartitionSpec(partitioning.BATCH_AXES)
   draw = jax.shard_map(
     draw,
     mesh=mesh,
-    in_specs=(whole, whole, split, split, whole),
+    in_specs=(whole, whole, split, split, whole, whole),
     out_specs=split,
     check_vma=False,  # see `partitioning.gradient`
   )
 
-  def sampler(variables, seed, start, truncation=None, classes=None):
+  def sampler(
+    variables, seed, start, truncation=None, classes=None, shift=None
+  ):
     numbers = start + jnp.arange(batch_size)
     labels = labels_of(generator, numbers, classes)
-    return draw(variables, jnp.asarray(seed), numbers, labels, truncation)
+    seed = jnp.asarray(seed)
+    return draw(variables, seed, numbers, labels, truncation, shift)
 
   return jax.jit(sampler, out_shardings=partitioning.replicated(mesh))
 
 
 def make_interpolator(nets, mesh, rows=8, columns=8):
-  """Returns `interpolate(variables, seed, truncation, classes)`, of latents.
+  """Returns `interpolate(variables, seed, truncation, classes, shift)`.
 
-  The images are uint8 [rows, columns, S, S, 3]: each row goes along the great
+  Its images are uint8 [rows, columns, S, S, 3]: each row goes along the great
   circle from one latent to another, in the class that a sample of its number
   has. See `make_sampler` for the arguments.
   """
   generator = networks.plain(nets.generator)
 
-  def interpolate(variables, seed, truncation=None, classes=None):
+  def interpolate(variables, seed, truncation=None, classes=None, shift=None):
     key = jax.random.key(seed)
     shape = (2, rows, 1, generator.latent_dim)
     begin, end = jax.random.normal(key, shape)
@@ -91,7 +97,9 @@ def make_interpolator(nets, mesh, rows=8, columns=8):
     # What else is random is the same along a row.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
     labels = labels_of(generator, row, classes)
-    images = _draw(generator, variables, latents, labels, keys, truncation)
+    images = _draw(
+      generator, variables, latents, labels, keys, truncation, shift
+    )
     return images.reshape(rows, columns, *images.shape[1:])
 
   return jax.jit(interpolate, out_shardings=partitioning.replicated(mesh))
@@ -158,21 +166,24 @@ def grid_classes(generator, count):
   return np.arange(generator.num_classes if all_fit else square)
 
 
+def truncate(w, labels, truncation):
+  """Returns w [B, ...] nearer to their mean; see `make_sampler`."""
+  if truncation is None:
+    return w
+  psi, mean = truncation
+  return psi * w + (1.0 - psi) * (mean if labels is None else mean[labels])
+
+
 def _mapping(generator, latents, labels):
   return generator.mapping(latents, labels)
 
 
-def _draw(generator, variables, latents, labels, keys, truncation):
+def _draw(generator, variables, latents, labels, keys, truncation, shift):
   """Returns uint8 images of latents; see `make_sampler`."""
 
   def synthesize(generator):
-    w = generator.mapping(latents, labels)
-    if truncation is not None:
-      psi, mean = truncation
-      if labels is not None:
-        mean = mean[labels]
-      w = psi * w + (1.0 - psi) * mean
-    return generator.synthesize(w, keys)
+    w = truncate(generator.mapping(latents, labels), labels, truncation)
+    return generator.synthesize(w if shift is None else w + shift, keys)
 
   return to_uint8(generator.apply(variables, method=synthesize))
 
@@ -205,7 +216,7 @@ def check_seed(seed):
     raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
 
 
-def _find_classes(workdir, words):
+def find_classes(workdir, words):
   """Returns the class [K] of each word of --classes; None is None.
 
   Raises:
@@ -267,7 +278,7 @@ def sample(workdir, num_samples, seed, output, classes=None):
           f"--output={output} is there and not empty; choose a new folder"
         )
   with processes.raise_together():
-    classes = _find_classes(workdir, classes)
+    classes = find_classes(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
   with processes.raise_together():
     if processes.is_primary():

@@ -12,7 +12,7 @@ import numpy as np
 
 from vitgan_jax.models.convolutions import StyledConv, ToRGB, draw_noise
 from vitgan_jax.models.generator import MappingNetwork
-from vitgan_jax.models.layers import uniform
+from vitgan_jax.models.layers import uniform, w_of_layer
 from vitgan_jax.models.stylegan2 import channels, check_resolutions
 
 
@@ -59,6 +59,11 @@ class Generator(nn.Module):
       self.num_classes,
     )
 
+  @property
+  def num_styles(self):
+    """L: one for each layer."""
+    return 2 * self.image_size.bit_length() - 3
+
   def __call__(self, latents, labels=None, keys=None, train=False):
     """Maps latents [B, latent_dim] to images; see `synthesize`."""
     return self.synthesize(self.mapping(latents, labels), keys, train)
@@ -68,7 +73,7 @@ class Generator(nn.Module):
     """Maps w [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
 
     Args:
-      w: of the mapping network.
+      w: [B, latent_dim], or [B, L, latent_dim], of each layer.
       keys: [B], of the noise; None adds none.
       train: is not used.
     """
@@ -91,8 +96,11 @@ class Generator(nn.Module):
     images = 0.0
     for i, width in enumerate(widths):
       name = f"layer{i}"
-      x = layer(width, dtype=self.dtype, size=1, name=name)(x, w, noise[i])
+      layer_w = w_of_layer(w, i)
+      x = layer(width, dtype=self.dtype, size=1, name=name)(
+        x, layer_w, noise[i]
+      )
       if i and i % 2 == 0:
-        rgb = ToRGB(self.dtype, name=f"rgb{i}")(x, w)
+        rgb = ToRGB(self.dtype, name=f"rgb{i}")(x, layer_w)
         images = images + rgb.astype(jnp.float32)
     return images

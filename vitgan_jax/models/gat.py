@@ -18,7 +18,7 @@ import numpy as np
 from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.models.generator import normalise_second_moment
-from vitgan_jax.models.layers import Dense
+from vitgan_jax.models.layers import Dense, w_of_layer
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
 from vitgan_jax.models.transformer import check_grid, sow_attention
 
@@ -267,6 +267,11 @@ class Generator(nn.Module):
     if self.num_classes:
       self.classes = ClassEmbedding(self.num_classes, self.latent_dim)
 
+  @property
+  def num_styles(self):
+    """L: one for each block, whose head has the same."""
+    return self.depth
+
   def mapping(self, latents, labels=None):
     """Maps latents [B, latent_dim] and labels [B] to w [B, D]."""
     x = normalise_second_moment(latents)
@@ -282,7 +287,8 @@ class Generator(nn.Module):
   def synthesize(self, w, keys=None, train=False):
     """Maps w [B, D] to images [B, S, S, 3], in training [B, S, S, 3 * levels].
 
-    The levels come one after the other, the image itself last.
+    The levels come one after the other, the image itself last. w may be that of
+    each block, [B, L, D].
     """
     grid = self.image_size // self.patch_size
     angles = rotary_angles(grid, self.width // self.num_heads)
@@ -292,9 +298,12 @@ class Generator(nn.Module):
     block = nn.remat(Block) if self.remat else Block
     image, levels = 0.0, []
     for i in range(self.depth):
-      x = block(self.num_heads, angles, self.dtype, name=f"block{i}")(x, w)
+      layer_w = w_of_layer(w, i)
+      x = block(self.num_heads, angles, self.dtype, name=f"block{i}")(
+        x, layer_w
+      )
       if (i + 1) % (self.depth // self.num_levels) == 0:
-        image = image + self._head(len(levels), x, w, grid)
+        image = image + self._head(len(levels), x, layer_w, grid)
         levels.append(image)
     return jnp.concatenate(levels, axis=-1) if train else image
 

@@ -18,6 +18,7 @@ from vitgan_jax.models.layers import (
   SineEmbedding,
   leaky_relu,
   normalise,
+  w_of_layer,
 )
 from vitgan_jax.models.patch_decoder import (
   ConcatDecoder,
@@ -154,6 +155,11 @@ class Generator(nn.Module):
       self.num_classes,
     )
 
+  @property
+  def num_styles(self):
+    """L: one for each block, and one more for what follows; else 1."""
+    return self.depth + 1 if self.latent_injection == "sln" else 1
+
   def __call__(self, latents, labels=None, keys=None, train=False):
     """Maps latents [B, latent_dim] to images; see `synthesize`."""
     return self.synthesize(self.mapping(latents, labels), keys, train)
@@ -162,7 +168,9 @@ class Generator(nn.Module):
   def synthesize(self, w, keys=None, train=False):
     """Maps w [B, latent_dim] to images [B, S, S, 3], about [-1, 1].
 
-    The output is not squashed; it is clipped where an image is written.
+    Where `num_styles` is above 1, w may be that of each layer, [B, L,
+    latent_dim]. The output is not squashed; it is clipped where an image is
+    written.
     """
     grid = self.image_size // self.patch_size
     positions = SineEmbedding(
@@ -172,9 +180,9 @@ class Generator(nn.Module):
     group = attention.group_size(self.implementation)
     if self.latent_injection == "sln":
       norm = functools.partial(SelfModulatedLayerNorm, dtype=self.dtype)
-      condition = (w,)
+      conditions = [(w_of_layer(w, i),) for i in range(self.num_styles)]
     else:
-      norm, condition = LayerNorm, ()
+      norm, conditions = LayerNorm, [()] * (self.depth + 1)
       token = Dense(self.width, name="latent_token")(w)[:, None, :]
       if self.latent_injection == "add":
         h = h + token
@@ -196,12 +204,12 @@ class Generator(nn.Module):
         implementation=self.implementation,
         dtype=self.dtype,
         name=f"block{i}",
-      )(h, *condition)
+      )(h, *conditions[i])
     if self.latent_injection == "token":
       h, _ = attention.unpack(h, grid**2, group)
-    norm = norm(name="norm_out").weights(self.width, *condition)
+    norm = norm(name="norm_out").weights(self.width, *conditions[-1])
     y = apply_rows(normalise, h, norm, implementation=self.implementation)
-    return self._decode(y, w, keys).astype(jnp.float32)
+    return self._decode(y, w_of_layer(w, -1), keys).astype(jnp.float32)
 
   def _decode(self, embeddings, w, keys):
     if self.patch_decoder == "linear":

@@ -287,6 +287,11 @@ class SineEmbedding(nn.Module):
     return jnp.sin(angles + phase)
 
 
+def w_of_layer(w, i):
+  """Returns w [B, W] of layer i, of one for all, or of each [B, L, W]."""
+  return w if w.ndim == 2 else w[:, i]
+
+
 def uniform(limit):
   """Returns an initialiser, uniform within -limit and limit."""
 

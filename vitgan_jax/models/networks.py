@@ -17,6 +17,8 @@ A generator is `synthesize(mapping(latents, labels), keys, train)`, where the
 latent w is between; one without a mapping network returns the latents. One that
 mixes styles has `styles(latents, labels, keys, train)`, and synthesizes what
 this returns, w of each layer [B, L, W]; the path length penalty is for these.
+One whose layers can each take a w of their own has L of them in `num_styles`,
+above 1, and synthesizes [B, L, W], too, with or without `styles`.
 With a field `num_levels`, it gives so many levels of each image to train with,
 [B, S, S, 3 * levels], the image itself last. A discriminator with this field
 takes them, any other the last one; one level stands for all.
