@@ -20,7 +20,12 @@ def build(kind, num_classes=0):
 
 @pytest.mark.parametrize(
   "kind, num_classes, expected",
-  [("vitgan", 0, True), ("gat", 3, True), ("biggan", 3, False)],
+  [
+    ("vitgan", 0, True),
+    ("gat", 3, True),
+    ("ganformer", 0, True),
+    ("biggan", 3, False),
+  ],
 )
 def test_mapping_networks_are_told_from_their_absence(
   kind, num_classes, expected
@@ -49,6 +54,18 @@ def test_directions_are_those_of_an_svd(digits_run, monkeypatch):
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), lengths, rtol=1e-3)
   cosines = np.abs((found * expected).sum(axis=1)) / lengths**2
   np.testing.assert_allclose(cosines, 1, atol=1e-3)
+
+
+def test_directions_of_several_latents_are_those_of_all_together(monkeypatch):
+  monkeypatch.setattr(latent_space, "_NUM_LATENTS", 500)
+  nets, variables = build("ganformer")
+  w = latent_space.deviations(nets, variables)
+  found = latent_space.directions(nets, variables, 3)
+  assert found.shape == (3, *w.shape[1:]) == (3, 4, 8)
+  covariance = np.cov(w.reshape(500, -1), rowvar=False)
+  variances = np.linalg.eigvalsh(covariance)[::-1]
+  squares = (found.reshape(3, -1) ** 2).sum(axis=1)
+  np.testing.assert_allclose(squares, variances[:3], rtol=1e-4)
 
 
 def test_deviations_are_from_the_mean_of_the_class(monkeypatch):

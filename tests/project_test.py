@@ -162,6 +162,24 @@ def test_without_a_mapping_network_the_latent_is_sought(kind, length):
     project.make_projector(*arguments, "w+", 20)
 
 
+def test_several_latents_of_an_image_are_sought_together():
+  config = digits.get_config("smoke,g=ganformer")
+  config.data.image_size = 8
+  nets = network_table.build(config)
+  z = np.ones((2, nets.generator.latent_dim), np.float32)
+  variables = jax.jit(nets.generator.init)(jax.random.key(1), z)
+  arguments = (nets, variables, networks.tiny())
+  start, step, finish = project.make_projector(*arguments, "w", 20)
+  targets = datasets.noise(2, 8, 8, 3)
+  state, keys = start(targets), jax.random.split(jax.random.key(0), 2)
+  _, _, before = finish(state, targets, None)
+  for i in range(20):
+    state = step(state, i, targets, None, keys)
+  w, _, after = finish(state, targets, None)
+  assert w.shape == (2, 4, 8)
+  assert sum(after.values()).sum() < sum(before.values()).sum()
+
+
 def labelled_run(tmp_path):
   """Returns a workdir, without checkpoints, of a run with three classes."""
   config = digits.get_config("smoke")

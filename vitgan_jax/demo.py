@@ -86,7 +86,7 @@ class Pictures:
     if label is not None:
       # As many as all of them: one program draws both.
       classes = np.full_like(classes, label)
-    shift = np.float32(moves) @ self.directions[: len(moves)]
+    shift = np.tensordot(moves, self.directions[: len(moves)], 1)
     common = truncation, classes, np.float32(shift)
     samples = np.asarray(self._sampler(*arguments, 0, *common))
     between = np.asarray(self._interpolate(*arguments, *common))[0]

@@ -91,7 +91,7 @@ class Painter:
     self._w_of, self._paint = w_of, paint
 
   def w_of(self, latents):
-    """Returns w [count, W], truncated, of latents [count, Z]."""
+    """Returns w [count, ...], truncated, of latents [count, Z]."""
     return np.asarray(self._w_of(self.variables, latents))
 
   def paint(self, w):
@@ -112,13 +112,13 @@ def of_directions(painter, latents, directions, num_frames):
   Args:
     painter: Painter.
     latents: [columns, Z], of the samples.
-    directions: [rows, W]; as long as a standard deviation.
+    directions: [rows, ...] of w; as long as a standard deviation.
     num_frames: there, back, to the other side, and back.
   """
   w = painter.w_of(latents)
   for phase in np.linspace(0, 2 * np.pi, num_frames, endpoint=False):
     shift = np.float32(_REACH * np.sin(phase)) * directions
-    moved = (w + shift[:, None]).reshape(-1, w.shape[-1])
+    moved = (w + shift[:, None]).reshape(-1, *w.shape[1:])
     yield pictures.image_grid(painter.paint(moved), len(w))
 
 

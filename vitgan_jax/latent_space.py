@@ -34,7 +34,7 @@ def apply_mapping(generator, variables, latents, labels):
 
 
 def deviations(nets, variables):
-  """Returns how far the w of some latents are from their mean, numpy [N, W].
+  """Returns how far w of some latents are from their mean, numpy [N, ...].
 
   With classes, which come in turn, each from the mean of its own.
 
@@ -56,7 +56,7 @@ def deviations(nets, variables):
 
 
 def directions(nets, variables, count):
-  """Returns the principal directions of w [count, W] (GANSpace).
+  """Returns the principal directions of w [count, ...] (GANSpace).
 
   The first is that along which w varies most; each is as long as one standard
   deviation. Härkönen et al. 2020, section 2.2.
@@ -64,11 +64,13 @@ def directions(nets, variables, count):
   Args:
     nets: Networks, whose generator has a mapping network.
     variables: of the averaged generator.
-    count: how many; W, if that is less.
+    count: how many; the numbers in a w, if those are fewer.
   """
   w = deviations(nets, variables)
-  pca = PCA(min(count, w.shape[1]), svd_solver="covariance_eigh").fit(w)
-  return pca.components_ * np.sqrt(pca.explained_variance_)[:, None]
+  flat = w.reshape(len(w), -1)
+  pca = PCA(min(count, flat.shape[1]), svd_solver="covariance_eigh").fit(flat)
+  found = pca.components_ * np.sqrt(pca.explained_variance_)[:, None]
+  return found.reshape(-1, *w.shape[1:])
 
 
 def loops(seed, num_frames, count, latent_dim, sigma):

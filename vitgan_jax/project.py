@@ -150,8 +150,8 @@ def make_projector(nets, variables, network, space, num_steps):
 
   start(targets) -> state, of uint8 [B, S, S, 3].
   step(state, i, targets, labels, keys) -> the next state.
-  finish(state, targets, labels) -> (w [B, W] or [B, L, W]; images uint8
-    [B, S, S, 3]; {"pixels", "features"}, each [B]).
+  finish(state, targets, labels) -> (w [B, ...], or in "w+" [B, L, ...]; images
+    uint8 [B, S, S, 3]; {"pixels", "features"}, each [B]).
 
   Of each image, Adam minimises the mean squared difference of pixels in
   [-1, 1] plus that of features, as a share of the features' own mean square.
@@ -194,7 +194,10 @@ def make_projector(nets, variables, network, space, num_steps):
     sigma = np.sqrt(np.mean(latent_space.deviations(nets, variables) ** 2))
   else:
     mean, sigma = jnp.zeros(generator.latent_dim), 1.0
-  shape = mean.shape[-1:] if space == "w" else (num_styles, mean.shape[-1])
+  of_classes = is_mapped and generator.num_classes
+  shape = mean.shape[1:] if of_classes else mean.shape
+  if space == "w+":
+    shape = (num_styles, *shape)
   params = jax.device_put(network.params)
 
   def rate(i):
@@ -205,9 +208,9 @@ def make_projector(nets, variables, network, space, num_steps):
   adam = optax.adam(rate)
 
   def w_of(x, labels):
-    centre = mean
-    if is_mapped and labels is not None:
-      centre = mean[labels][(slice(None),) + (None,) * (x.ndim - 2)]
+    centre = mean[labels] if of_classes else mean
+    if of_classes and space == "w+":
+      centre = centre[:, None]
     return centre + sigma * x
 
   def draw(variables, w, labels):
