@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning, pictures, processes
+from vitgan_jax import checkpoint, files, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.gan_step import draw_latents
 from vitgan_jax.models import networks
@@ -162,8 +162,20 @@ def _mapping(generator, latents, labels):
   return generator.mapping(latents, labels)
 
 
-def _draw(generator, variables, latents, labels, keys, truncation):
-  """Returns uint8 images of latents; see `make_sampler`."""
+def draw_images(generator, variables, latents, labels, keys, truncation):
+  """Returns float32 images of latents, as the generator makes them.
+
+  Args:
+    generator: Linen module.
+    variables: its own.
+    latents: [B, latent_dim].
+    labels: [B], or None without classes.
+    keys: [B], of the noise; None adds none.
+    truncation: see `make_sampler`.
+
+  Returns:
+    [B, S, S, 3], about [-1, 1].
+  """
 
   def synthesize(generator):
     w = generator.mapping(latents, labels)
@@ -174,10 +186,17 @@ def _draw(generator, variables, latents, labels, keys, truncation):
       w = psi * w + (1.0 - psi) * mean
     return generator.synthesize(w, keys)
 
-  return to_uint8(generator.apply(variables, method=synthesize))
+  return generator.apply(variables, method=synthesize)
 
 
-def sample_images(sampler, variables, seed, num_samples, classes=None):
+def _draw(*arguments):
+  """Returns `draw_images` as uint8."""
+  return to_uint8(draw_images(*arguments))
+
+
+def sample_images(
+  sampler, variables, seed, num_samples, classes=None, truncation=None
+):
   """Yields the samples 0 to num_samples - 1 of a seed, in batches.
 
   Args:
@@ -187,13 +206,14 @@ def sample_images(sampler, variables, seed, num_samples, classes=None):
     num_samples: how many; the last batch is drawn whole and cut, so that
       nothing is compiled for it.
     classes: see `labels_of`.
+    truncation: see `make_sampler`.
 
   Yields:
     uint8 numpy arrays [n, S, S, 3].
   """
   start = 0
   while start < num_samples:
-    batch = np.asarray(sampler(variables, seed, start, classes=classes))
+    batch = np.asarray(sampler(variables, seed, start, truncation, classes))
     batch = batch[: num_samples - start]
     yield batch
     start += len(batch)
@@ -205,22 +225,34 @@ def check_seed(seed):
     raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
 
 
-def _find_classes(workdir, words):
+def check_samples(num_samples, seed):
+  """Raises a ConfigError if no samples are asked for, or of no seed."""
+  if num_samples < 1:
+    raise config_lib.ConfigError(
+      f"--num_samples={num_samples} must be at least 1"
+    )
+  check_seed(seed)
+
+
+def find_classes(words, num_classes, names):
   """Returns the class [K] of each word of --classes; None is None.
+
+  Args:
+    words: names or numbers of classes, as texts.
+    num_classes: of the run; 0 is none.
+    names: of its classes; [] if none are known.
 
   Raises:
     ConfigError: if the run has no classes, or not that one.
   """
   if words is None:
     return None
-  num_classes = config_lib.load(workdir).data.num_classes
   given = f"--classes={','.join(words)}"
   if not num_classes:
     raise config_lib.ConfigError(
-      f"{given} is for a run with classes, and {workdir} was trained without "
+      f"{given} is for a run with classes, and this one was trained without "
       "(config.data.num_classes=0): leave it out"
     )
-  names = config_lib.class_names(workdir)
   # Where classes are named by numbers, as those of some dataset.json, a name
   # comes first.
   known = {str(i): i for i in range(num_classes)}
@@ -255,19 +287,16 @@ def sample(workdir, num_samples, seed, output, classes=None):
       class, or the output folder is not empty.
   """
   output = epath.Path(output)
-  if num_samples < 1:
-    raise config_lib.ConfigError(
-      f"--num_samples={num_samples} must be at least 1"
+  check_samples(num_samples, seed)
+  with processes.raise_together():
+    if processes.is_primary():
+      files.check_new(output)
+  with processes.raise_together():
+    classes = find_classes(
+      classes,
+      config_lib.load(workdir).data.num_classes,
+      config_lib.class_names(workdir),
     )
-  check_seed(seed)
-  with processes.raise_together():
-    if processes.is_primary() and output.exists():
-      if not output.is_dir() or any(output.iterdir()):
-        raise config_lib.ConfigError(
-          f"--output={output} is there and not empty; choose a new folder"
-        )
-  with processes.raise_together():
-    classes = _find_classes(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
   with processes.raise_together():
     if processes.is_primary():
