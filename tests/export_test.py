@@ -197,8 +197,10 @@ def test_card_has_the_scores_of_its_step_with_their_protocol(tmp_path):
 def test_folders_of_this_machine_are_not_exported(tmp_path):
   config = digits.get_config("smoke")
   config.data.data_dir = config.data.path = "/home/me/private"
+  config.init_from = "/home/me/faces"
   export_config = export._without_paths(config)
   assert "/home/me" not in export_config.to_json()
+  assert export_config.init_from == "faces"
   assert config.data.data_dir == "/home/me/private"
 
 

@@ -165,6 +165,15 @@ def _write_checksums(manager):
     files.write_checksums(folder, paths)
 
 
+def has_any(workdir):
+  """Tells, in all processes, whether a workdir has a checkpoint."""
+  directory = _directory(workdir)
+  found = directory.is_dir() and any(
+    path.name.isdigit() for path in directory.iterdir()
+  )
+  return processes.broadcast_from_first(found)
+
+
 def has_whole(workdir):
   """Tells whether a workdir has a checkpoint without a fault."""
   found = _directory(workdir).glob("*")

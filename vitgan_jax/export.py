@@ -196,6 +196,7 @@ def _without_paths(config):
   """Returns a config without folders of the machine that it was made on."""
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(dict.fromkeys(MACHINE_FIELDS, ""))
+  config.init_from = epath.Path(config.init_from).name  # what it was called
   return config
 
 
@@ -280,6 +281,7 @@ def _card(workdir, trained, file_format, data_license):
     or str(num_classes or "none"),
     "Trained for": f"{kimg:g} kimg (thousands of real images), {trained.step} "
     "steps",
+    "Started from": epath.Path(config.init_from).name or "nothing",
     "Seed": config.seed,
     "Made by": f"vitgan_jax {__version__}; all settings are in config.json",
   }

@@ -13,6 +13,7 @@ from vitgan_jax import (
   evaluate,
   partitioning,
   processes,
+  transfer,
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
@@ -25,7 +26,6 @@ from vitgan_jax.monitor import (
   Progress,
   SampleWriter,
 )
-from vitgan_jax.train_state import init_train_state
 
 
 class TrainingDivergedError(RuntimeError):
@@ -77,6 +77,9 @@ def train_and_evaluate(config, workdir):
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
+  state, taken = None, ""
+  if not checkpoint.has_any(workdir):
+    state, taken = transfer.initial_state(config, nets, mesh)
   names = images.card["classes"] if config.data.num_classes else ()
   _claim_workdir(config, workdir, names)
   batches = pipeline.ShuffledBatches(
@@ -92,10 +95,8 @@ def train_and_evaluate(config, workdir):
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
-    if manager.latest_step() is None:
-      state = init_train_state(config, nets, mesh)
-      first_step = 0
-    else:
+    first_step = 0
+    if state is None:
       state, data_state = checkpoint.restore_last(
         manager, config, nets, mesh, set_aside=True
       )
@@ -103,6 +104,8 @@ def train_and_evaluate(config, workdir):
     if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
       print("Computed by", "; ".join(implementations), flush=True)
+      if taken:
+        print(taken, flush=True)
     writer = stack.enter_context(MetricWriter(workdir))
     profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, nets, mesh, images, writer)
