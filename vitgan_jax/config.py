@@ -28,6 +28,7 @@ _MAY_CHANGE = (
   "checkpoint_every_kimg",
   "keep_checkpoints",
   "profile",
+  "wandb",
   "evaluation.features",
   "evaluation.num_samples",
   "evaluation.every_kimg",
@@ -39,6 +40,7 @@ _LATER = {
   "init_networks": "both",
   "g_optimizer.freeze": "",
   "d_optimizer.freeze": "",
+  "wandb": "",
 }
 
 _CHOICES = {

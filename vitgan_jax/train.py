@@ -106,7 +106,7 @@ def train_and_evaluate(config, workdir):
       print("Computed by", "; ".join(implementations), flush=True)
       if taken:
         print(taken, flush=True)
-    writer = stack.enter_context(MetricWriter(workdir))
+    writer = stack.enter_context(MetricWriter(workdir, config))
     profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, nets, mesh, images, writer)
     evaluator = network and evaluate.Evaluator(
