@@ -287,7 +287,7 @@ def load(workdir):
     missing = _LATER.keys() - flatten(config).keys()
     config.update_from_flattened_dict({x: _LATER[x] for x in missing})
     config.lock()
-  except (AttributeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError) as error:
     raise DamagedError(
       f"{path} is damaged: it holds no config. To resume the run, with its own "
       "--config, writes it anew"

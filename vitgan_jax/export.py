@@ -86,6 +86,7 @@ def to_stablehlo(trained):
     trained: `trained.TrainedGenerator`.
   """
   import jax
+  import jax.export
   import jax.numpy as jnp
 
   draw = _drawing(trained)
