@@ -53,6 +53,7 @@ def test_every_command_answers_bad_input_in_one_line(
     ("vitgan_jax.visualize", "workdir"),
     ("vitgan_jax.judge_digits", "workdir"),
     ("vitgan_jax.demo", "workdir"),
+    ("vitgan_jax.export", "output"),
     ("vitgan_jax.metrics.score", "inception_weights"),
     ("launch.units", "workdir"),
     ("launch.local", "sweep"),
@@ -84,7 +85,8 @@ def test_home_folder_is_put_into_flags(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   "name",
-  ["vitgan_jax.main", "vitgan_jax.visualize", "vitgan_jax.demo", "benchmarks"],
+  ["vitgan_jax.main", "vitgan_jax.visualize", "vitgan_jax.demo", "benchmarks"]
+  + ["vitgan_jax.export"],
 )
 def test_help_shows_examples_and_flags(name, tmp_path):
   _, output, _ = runs.call(name, "--help", cwd=tmp_path)
