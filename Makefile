@@ -30,9 +30,10 @@ help:
 
 .venv/installed-test: .venv/installed
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
-	@# Without what they ask for: torchvision would bring a CUDA build of torch.
+	@# Without what they ask for: torchvision would bring a CUDA build of torch,
+	@# jax2onnx an older Orbax.
 	$(PIP) install --constraint constraints.txt --no-deps torch-fidelity \
-	  pytorch-fid torchvision efficientnet-lite-pytorch prdc
+	  pytorch-fid torchvision efficientnet-lite-pytorch prdc jax2onnx
 	@touch $@
 
 .venv/tools/%/installed: launch/requirements-%.txt | .venv/bin/python

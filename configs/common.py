@@ -25,6 +25,11 @@ def get_config():
   config.implementation = "auto"
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"
 
+  # Transfer learning: a run or an export to take the networks from, where names
+  # and shapes agree; "" is none. With ema.ramp_up=0 the average is kept, too
+  config.init_from = ""
+  config.init_networks = "both"  # or "generator" or "discriminator" alone
+
   config.data = ml_collections.ConfigDict()
   # A TFDS name, or one of those that are read in place: "folder", "ffhq",
   # "lsun/bedroom" or another category, and "celeb_a" of its zip alone
@@ -56,6 +61,9 @@ def get_config():
   config.g_optimizer.warmup_kimg = 0.0  # the rate grows linearly from 0
   config.g_optimizer.decay = "constant"  # or "cosine", to 0 at total_kimg
   config.g_optimizer.clip_norm = 0.0  # of all gradients together; 0 is off
+  # Parameters that stay as they are: a regular expression of how their names
+  # begin, as "from_rgb|block32/" (FreezeD, Mo et al. 2020); "" is none
+  config.g_optimizer.freeze = ""
   config.d_optimizer = config.g_optimizer.copy_and_resolve_references()
   config.d_steps = 1  # discriminator updates, of a batch each, a training step
 
@@ -109,6 +117,8 @@ def get_config():
   config.keep_checkpoints = 3
   # Folder of compiled programs, for a quick next start; "" is none
   config.compilation_cache = "~/.cache/vitgan_jax/programs"
+  # Project at Weights & Biases that gets what TensorBoard does; "" is none
+  config.wandb = ""
   config.profile = False  # record three calls for TensorBoard's profile tab
   # Locked: a misspelt field is an error, here as on the command line.
   return config.lock()

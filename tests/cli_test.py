@@ -55,6 +55,7 @@ def test_every_command_answers_bad_input_in_one_line(
     ("vitgan_jax.demo", "workdir"),
     ("vitgan_jax.project", "output"),
     ("vitgan_jax.film", "output"),
+    ("vitgan_jax.export", "output"),
     ("vitgan_jax.metrics.score", "inception_weights"),
     ("launch.units", "workdir"),
     ("launch.local", "sweep"),
@@ -92,6 +93,7 @@ def test_home_folder_is_put_into_flags(tmp_path, monkeypatch):
     "vitgan_jax.demo",
     "vitgan_jax.project",
     "vitgan_jax.film",
+    "vitgan_jax.export",
     "benchmarks",
   ],
 )

@@ -5,6 +5,7 @@ import pwd
 import subprocess
 import sys
 
+from etils import epath
 import pytest
 
 from vitgan_jax import files
@@ -127,3 +128,50 @@ def test_folder_that_cannot_be_held_is_an_error_of_one_line(tmp_path):
 def test_url_is_not_held():
   with files.hold("gs://bucket/run", "--workdir"):
     assert not os.path.exists("gs:")
+
+
+def test_new_folder_appears_when_it_is_whole(tmp_path):
+  output = epath.Path(tmp_path) / "a" / "new"
+  (output.parent / "new.partial").mkdir(parents=True)
+  (output.parent / "new.partial" / "old").write_text("of a crash")
+  with files.new_folder(output) as folder:
+    (folder / "file").write_text("new")
+    assert not output.exists()
+  assert [x.name for x in output.iterdir()] == ["file"]
+  assert [x.name for x in output.parent.iterdir()] == ["new"]
+
+
+def test_new_folder_of_a_failure_is_none(tmp_path):
+  output = epath.Path(tmp_path) / "new"
+  with pytest.raises(ZeroDivisionError):
+    with files.new_folder(output) as folder:
+      (folder / "file").write_text("half")
+      raise ZeroDivisionError
+  assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_is_not_empty_is_not_new(tmp_path):
+  output = epath.Path(tmp_path)
+  with files.new_folder(output / "empty") as folder:
+    pass
+  assert folder.name == "empty.partial"
+  with files.new_folder(output / "empty"):  # an empty one may be there
+    pass
+  with pytest.raises(ConfigError, match="is there and not empty"):
+    with files.new_folder(output):
+      pass
+
+
+def test_checksums_tell_what_is_not_as_it_was(tmp_path):
+  folder = epath.Path(tmp_path)
+  assert files.fault_of(folder) == "checksums.json is missing"
+  for name in ("a", "b"):
+    (folder / name).write_text(name)
+  files.write_checksums(folder, [folder / "a", folder / "b"])
+  assert files.fault_of(folder) is None
+  (folder / "b").write_text("c")
+  assert files.fault_of(folder) == "b is not what was written"
+  (folder / "a").unlink()
+  assert files.fault_of(folder) == "a is missing"
+  (folder / "checksums.json").write_text("[")
+  assert files.fault_of(folder) == "checksums.json is not what was written"

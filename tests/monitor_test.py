@@ -3,6 +3,8 @@ import io
 import json
 import os
 import re
+import sys
+import types
 
 import jax
 import numpy as np
@@ -201,3 +203,62 @@ def test_run_goes_on_without_what_cannot_be_written(
   # When there is room again, there are curves again.
   assert read_lines(tmp_path) == [{"step": 8, "loss/d": 0.5}]
   assert read_events(tmp_path)[0] == {"loss/d": {2: 0.5, 8: 0.5}}
+
+
+def test_weights_and_biases_gets_what_tensorboard_does(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  image = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+  config = tiny.tiny_config(wandb="faces")
+  for step in (2, 4):  # the second one goes on
+    with monitor.MetricWriter(tmp_path, config) as writer:
+      writer.write(step, {"loss/d": step + 0.125}, {"samples": image})
+  runs = sorted(tmp_path.glob("wandb/offline-run-*"))
+  identity = (tmp_path / "wandb_id").read_text()
+  records = b"".join(
+    (run / f"run-{identity}.wandb").read_bytes() for run in runs
+  )
+  for words in (
+    [b"faces", b"loss/d", b"2.125", b"4.125", tmp_path.name.encode()]
+    + [b"d_optimizer", b"mlp_dim"]  # of the config
+  ):
+    assert words in records, words
+  pngs = [
+    np.asarray(Image.open(path)) for path in tmp_path.glob("wandb/*/**/*.png")
+  ]
+  assert pngs and all(np.array_equal(png, image) for png in pngs)
+  assert len(read_lines(tmp_path)) == 2  # as without it
+
+
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_run_goes_on_without_weights_and_biases_and_says_so_once(
+  is_missing, tmp_path, monkeypatch, capsys
+):
+  calls = []
+
+  def init(**unused):
+    calls.append(1)
+    raise RuntimeError("no api key\nfor this host")
+
+  wandb = types.SimpleNamespace(init=init, Settings=dict)
+  monkeypatch.setitem(sys.modules, "wandb", None if is_missing else wandb)
+  config = tiny.tiny_config(wandb="faces")
+  with monitor.MetricWriter(tmp_path, config) as writer:
+    for step in (2, 4, 6):
+      writer.write(step, {"loss/d": 0.5})
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("The run goes on without Weights & Biases: ")
+  if is_missing:
+    assert line.endswith("pip install -e '.[wandb]'")
+  else:
+    assert line.endswith("no api key for this host") and len(calls) == 1
+  assert [x["step"] for x in read_lines(tmp_path)] == [2, 4, 6]
+
+
+def test_nothing_is_asked_of_weights_and_biases_unless_it_is_wanted(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(monitor, "WandbWriter", None)
+  with monitor.MetricWriter(tmp_path, tiny.tiny_config()) as writer:
+    writer.write(2, {"loss/d": 0.5})
+  assert not list(tmp_path.glob("wandb*"))

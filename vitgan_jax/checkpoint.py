@@ -6,7 +6,6 @@ of its files, written before it gets its name: it never is without them.
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError, DamagedError, lasting_fault
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
-
-_CHECKSUMS = "checksums.json"  # {file: SHA-256}, in the folder of a checkpoint
 
 # What Orbax raises for a checkpoint without them that is damaged.
 _UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError)
@@ -159,13 +156,22 @@ def _write_checksums(manager):
     folder = _folder(manager, manager.saved_step)  # where files are not renamed
     temporary = folder.with_name(folder.name + ocp.utils.TMP_DIR_SUFFIX)
     folder = temporary if temporary.exists() else folder
-    checksums = {
-      str((path / name).relative_to(folder)): files.sha256(path / name)
+    paths = [
+      path / name
       for path, _, names in folder.walk()
       for name in names
       if path != folder  # Orbax still writes there, what no reader needs
-    }
-    (folder / _CHECKSUMS).write_text(json.dumps(checksums))
+    ]
+    files.write_checksums(folder, paths)
+
+
+def has_any(workdir):
+  """Tells, in all processes, whether a workdir has a checkpoint."""
+  directory = _directory(workdir)
+  found = directory.is_dir() and any(
+    path.name.isdigit() for path in directory.iterdir()
+  )
+  return processes.broadcast_from_first(found)
 
 
 def has_whole(workdir):
@@ -179,20 +185,12 @@ def _fault(folder):
 
   A checkpoint of an earlier version has no checksums, and seems whole.
   """
-  name = _CHECKSUMS
   try:
-    if not (folder / _CHECKSUMS).exists():
+    if not (folder / files.CHECKSUMS).exists():
       return None if (folder / "state").is_dir() else "it has no state"
-    for name, checksum in json.loads((folder / _CHECKSUMS).read_text()).items():
-      if files.sha256(folder / name) != checksum:
-        return f"{name} is not what was written"
-  except FileNotFoundError:
-    return f"{name} is missing"
   except OSError as error:
     return f"it cannot be read: {error.strerror or error}"
-  except (AttributeError, ValueError):
-    return f"{_CHECKSUMS} is not what was written"
-  return None
+  return files.fault_of(folder)
 
 
 def _check(manager, step):
@@ -244,7 +242,7 @@ def restore(manager, config, nets, mesh, step=None):
     raise ConfigError(_missing(manager.directory, step))
   _check(manager, step)
   is_known = processes.broadcast_from_first(
-    (_folder(manager, step) / _CHECKSUMS).exists()
+    (_folder(manager, step) / files.CHECKSUMS).exists()
   )
   abstract_state = state_shapes(config, nets, mesh)
   arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 from etils import epath
 import ml_collections
@@ -27,12 +28,23 @@ MAY_CHANGE = (
   "checkpoint_every_kimg",
   "keep_checkpoints",
   "profile",
+  "wandb",
   "evaluation.features",
   "evaluation.num_samples",
   "evaluation.every_kimg",
 )
 
+# Fields that came later, and what stands for them in a run from before.
+_LATER = {
+  "init_from": "",
+  "init_networks": "both",
+  "g_optimizer.freeze": "",
+  "d_optimizer.freeze": "",
+  "wandb": "",
+}
+
 _CHOICES = {
+  "init_networks": ("both", "generator", "discriminator"),
   "dtype": ("float32", "bfloat16"),
   "implementation": ("auto", *IMPLEMENTATIONS),
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),
@@ -201,6 +213,13 @@ def validate(config):
   )
   for name in _OPTIMIZERS:
     check_fields(config[name], f"config.{name}.", **_OPTIMIZER_FIELDS)
+    try:
+      re.compile(config[name].freeze)
+    except re.error as error:
+      raise ConfigError(
+        f"config.{name}.freeze={config[name].freeze!r} must be a regular "
+        f"expression: {error}"
+      ) from error
   if config.batch_size % config.accumulation:
     raise ConfigError(
       f"config.accumulation={config.accumulation} must divide "
@@ -264,8 +283,11 @@ def load(workdir):
     )
   try:
     values = json.loads(path.read_text(), object_hook=_with_tuples)
-    config = ml_collections.ConfigDict(values).lock()
-  except (AttributeError, ValueError) as error:
+    config = ml_collections.ConfigDict(values)
+    missing = _LATER.keys() - flatten(config).keys()
+    config.update_from_flattened_dict({x: _LATER[x] for x in missing})
+    config.lock()
+  except (AttributeError, TypeError, ValueError) as error:
     raise DamagedError(
       f"{path} is damaged: it holds no config. To resume the run, with its own "
       "--config, writes it anew"

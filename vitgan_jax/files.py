@@ -12,7 +12,9 @@ import sys
 
 from etils import epath
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, check_writable
+
+CHECKSUMS = "checksums.json"  # {file: SHA-256} of those beside it
 
 
 def expand(path, remedy="a path without ~"):
@@ -46,6 +48,61 @@ def sha256(path):
   """Returns the SHA-256 of a file, in hexadecimal."""
   with epath.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder, paths):
+  """Writes checksums.json into a folder: {file: SHA-256} of some within it."""
+  checksums = {str(path.relative_to(folder)): sha256(path) for path in paths}
+  (folder / CHECKSUMS).write_text(json.dumps(checksums))
+
+
+def fault_of(folder):
+  """Returns what is wrong with the files in checksums.json; None if nothing."""
+  name = CHECKSUMS
+  try:
+    for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
+      if sha256(folder / name) != checksum:
+        return f"{name} is not what was written"
+  except FileNotFoundError:
+    return f"{name} is missing"
+  except OSError as error:
+    return f"it cannot be read: {error.strerror or error}"
+  except (AttributeError, ValueError):
+    return f"{CHECKSUMS} is not what was written"
+  return None
+
+
+def check_new(output):
+  """Raises a ConfigError if --output is there and no empty folder."""
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ConfigError(
+      f"--output={output} is there and not empty; choose a new folder"
+    )
+
+
+@contextlib.contextmanager
+def new_folder(output):
+  """Yields a folder to write into, which becomes --output when it is whole.
+
+  Args:
+    output: epath.Path, of no folder or an empty one.
+
+  Raises:
+    ConfigError: if it cannot be written.
+  """
+  check_new(output)
+  partial = output.with_name(f"{output.name}.partial")
+  if partial.exists():
+    partial.rmtree()
+  check_writable(partial, "--output", "; give another --output")
+  try:
+    yield partial
+    if output.exists():
+      output.rmdir()
+    partial.rename(output)
+  finally:
+    if partial.exists():
+      partial.rmtree()
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class Painter:
     from vitgan_jax.pixels import to_uint8
 
     sample.check_seed(seed)
-    classes = sample.find_classes(workdir, classes)
+    classes = sample.find_classes_of(workdir, classes)
     devices = jax.local_devices()[:1]
     _, self.nets, _, state = checkpoint.load_run(workdir, devices)
     self.generator = networks.plain(self.nets.generator)

@@ -13,7 +13,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax import files, pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
-from vitgan_jax.events import EventWriter
+from vitgan_jax.events import EventWriter, WandbWriter
 
 _FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
 _NUM_PROFILED_CALLS = 3
@@ -98,12 +98,21 @@ class Profiler:
 class MetricWriter:
   """Scalars to TensorBoard and, a line at a time, to metrics.jsonl.
 
-  Only the first process writes. What cannot be written ends no run.
+  To Weights & Biases, too, if the config names a project there. Only the first
+  process writes. What cannot be written ends no run.
   """
 
-  def __init__(self, workdir):
-    """Opens no file yet."""
+  def __init__(self, workdir, config=None):
+    """Opens no file yet.
+
+    Args:
+      workdir: folder of the run.
+      config: of the run, for Weights & Biases; None is without.
+    """
     self._workdir = epath.Path(workdir)
+    self._config = config
+    self._wandb = None
+    self._uses_wandb = config is not None and bool(config.wandb)
     self._events = None
     self._told = set()
 
@@ -122,6 +131,12 @@ class MetricWriter:
       files.append_record(
         self._workdir / "metrics.jsonl", {"step": step, **scalars}
       )
+    if self._uses_wandb:
+      with self.spared("Weights & Biases"):
+        self._uses_wandb = False  # to try again may take minutes each time
+        self._wandb = self._wandb or WandbWriter(self._workdir, self._config)
+        self._wandb.write(step, scalars, images or {})
+        self._uses_wandb = True
 
   @contextlib.contextmanager
   def spared(self, what):
@@ -148,6 +163,9 @@ class MetricWriter:
 
   def __exit__(self, *unused_exception):
     self._close()
+    if self._wandb:
+      with self.spared("Weights & Biases"):
+        self._wandb.close()
 
 
 class SampleWriter:

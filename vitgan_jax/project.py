@@ -86,7 +86,7 @@ def read_targets(paths, workdir, classes=None):
 
   config = config_lib.load(workdir)
   names, encoded, labels = _read(paths)
-  given = sample.find_classes(workdir, classes)
+  given = sample.find_classes_of(workdir, classes)
   if config.data.num_classes and given is None:
     if labels is None:
       raise ConfigError(
@@ -95,7 +95,7 @@ def read_targets(paths, workdir, classes=None):
       )
     known = sorted(set(labels))
     try:
-      numbers = dict(zip(known, sample.find_classes(workdir, known)))
+      numbers = dict(zip(known, sample.find_classes_of(workdir, known)))
     except ConfigError as error:
       raise ConfigError(
         f"the classes of the images are not those of the run: {error}; or give "

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax import checkpoint, partitioning, pictures, processes
+from vitgan_jax import checkpoint, files, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
 from vitgan_jax.gan_step import draw_latents
 from vitgan_jax.models import networks
@@ -178,17 +178,39 @@ def _mapping(generator, latents, labels):
   return generator.mapping(latents, labels)
 
 
-def _draw(generator, variables, latents, labels, keys, truncation, shift):
-  """Returns uint8 images of latents; see `make_sampler`."""
+def draw_images(
+  generator, variables, latents, labels, keys, truncation, shift=None
+):
+  """Returns float32 images of latents, as the generator makes them.
+
+  Args:
+    generator: Linen module.
+    variables: its own.
+    latents: [B, latent_dim].
+    labels: [B], or None without classes.
+    keys: [B], of the noise; None adds none.
+    truncation: see `make_sampler`.
+    shift: likewise.
+
+  Returns:
+    [B, S, S, 3], about [-1, 1].
+  """
 
   def synthesize(generator):
     w = truncate(generator.mapping(latents, labels), labels, truncation)
     return generator.synthesize(w if shift is None else w + shift, keys)
 
-  return to_uint8(generator.apply(variables, method=synthesize))
+  return generator.apply(variables, method=synthesize)
 
 
-def sample_images(sampler, variables, seed, num_samples, classes=None):
+def _draw(*arguments):
+  """Returns `draw_images` as uint8."""
+  return to_uint8(draw_images(*arguments))
+
+
+def sample_images(
+  sampler, variables, seed, num_samples, classes=None, truncation=None
+):
   """Yields the samples 0 to num_samples - 1 of a seed, in batches.
 
   Args:
@@ -198,13 +220,14 @@ def sample_images(sampler, variables, seed, num_samples, classes=None):
     num_samples: how many; the last batch is drawn whole and cut, so that
       nothing is compiled for it.
     classes: see `labels_of`.
+    truncation: see `make_sampler`.
 
   Yields:
     uint8 numpy arrays [n, S, S, 3].
   """
   start = 0
   while start < num_samples:
-    batch = np.asarray(sampler(variables, seed, start, classes=classes))
+    batch = np.asarray(sampler(variables, seed, start, truncation, classes))
     batch = batch[: num_samples - start]
     yield batch
     start += len(batch)
@@ -216,22 +239,34 @@ def check_seed(seed):
     raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
 
 
-def find_classes(workdir, words):
+def check_samples(num_samples, seed):
+  """Raises a ConfigError if no samples are asked for, or of no seed."""
+  if num_samples < 1:
+    raise config_lib.ConfigError(
+      f"--num_samples={num_samples} must be at least 1"
+    )
+  check_seed(seed)
+
+
+def find_classes(words, num_classes, names):
   """Returns the class [K] of each word of --classes; None is None.
+
+  Args:
+    words: names or numbers of classes, as texts.
+    num_classes: of the run; 0 is none.
+    names: of its classes; [] if none are known.
 
   Raises:
     ConfigError: if the run has no classes, or not that one.
   """
   if words is None:
     return None
-  num_classes = config_lib.load(workdir).data.num_classes
   given = f"--classes={','.join(words)}"
   if not num_classes:
     raise config_lib.ConfigError(
-      f"{given} is for a run with classes, and {workdir} was trained without "
+      f"{given} is for a run with classes, and this one was trained without "
       "(config.data.num_classes=0): leave it out"
     )
-  names = config_lib.class_names(workdir)
   # Where classes are named by numbers, as those of some dataset.json, a name
   # comes first.
   known = {str(i): i for i in range(num_classes)}
@@ -244,6 +279,12 @@ def find_classes(workdir, words):
       f"give numbers from 0 to {num_classes - 1}{some if names else ''}"
     )
   return np.array([known[word] for word in words])
+
+
+def find_classes_of(workdir, words):
+  """Returns `find_classes` of a run."""
+  num_classes = config_lib.load(workdir).data.num_classes
+  return find_classes(words, num_classes, config_lib.class_names(workdir))
 
 
 def sample(workdir, num_samples, seed, output, classes=None):
@@ -266,19 +307,12 @@ def sample(workdir, num_samples, seed, output, classes=None):
       class, or the output folder is not empty.
   """
   output = epath.Path(output)
-  if num_samples < 1:
-    raise config_lib.ConfigError(
-      f"--num_samples={num_samples} must be at least 1"
-    )
-  check_seed(seed)
+  check_samples(num_samples, seed)
   with processes.raise_together():
-    if processes.is_primary() and output.exists():
-      if not output.is_dir() or any(output.iterdir()):
-        raise config_lib.ConfigError(
-          f"--output={output} is there and not empty; choose a new folder"
-        )
+    if processes.is_primary():
+      files.check_new(output)
   with processes.raise_together():
-    classes = find_classes(workdir, classes)
+    classes = find_classes_of(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
   with processes.raise_together():
     if processes.is_primary():

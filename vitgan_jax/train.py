@@ -14,6 +14,7 @@ from vitgan_jax import (
   files,
   partitioning,
   processes,
+  transfer,
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
@@ -26,7 +27,6 @@ from vitgan_jax.monitor import (
   Progress,
   SampleWriter,
 )
-from vitgan_jax.train_state import init_train_state
 
 
 class TrainingDivergedError(RuntimeError):
@@ -79,6 +79,9 @@ def train_and_evaluate(config, workdir):
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
+  state, taken = None, ""
+  if not checkpoint.has_any(workdir):
+    state, taken = transfer.initial_state(config, nets, mesh)
   names = images.card["classes"] if config.data.num_classes else ()
   batches = pipeline.ShuffledBatches(
     images,
@@ -94,10 +97,8 @@ def train_and_evaluate(config, workdir):
     manager = stack.enter_context(
       checkpoint.create_manager(workdir, config.keep_checkpoints)
     )
-    if manager.latest_step() is None:
-      state = init_train_state(config, nets, mesh)
-      first_step = 0
-    else:
+    first_step = 0
+    if state is None:
       state, data_state = checkpoint.restore_last(
         manager, config, nets, mesh, set_aside=True
       )
@@ -105,7 +106,9 @@ def train_and_evaluate(config, workdir):
     if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
       print("Computed by", "; ".join(implementations), flush=True)
-    writer = stack.enter_context(MetricWriter(workdir))
+      if taken:
+        print(taken, flush=True)
+    writer = stack.enter_context(MetricWriter(workdir, config))
     profiler = stack.enter_context(Profiler(config, workdir))
     samples = SampleWriter(config, workdir, nets, mesh, images, writer)
     evaluator = network and evaluate.Evaluator(

@@ -1,6 +1,7 @@
 """The training state, its creation, the optimisers and the moving average."""
 
 import functools
+import re
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,7 @@ import optax
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.models import networks
+from vitgan_jax.pictures import natural_key
 
 # Of what a generator keeps, these follow its average; all else belongs to the
 # parameters of the moment, as the vectors of spectral normalisation do.
@@ -75,12 +77,13 @@ class GANState:
 def build_optimizers(config):
   """Returns the optax transformations (generator's, discriminator's)."""
   return (
-    _optimizer(config, config.g_optimizer, config_lib.images_per_step(config)),
-    _optimizer(config, config.d_optimizer, config.batch_size),
+    _optimizer(config, "g_optimizer", config_lib.images_per_step(config)),
+    _optimizer(config, "d_optimizer", config.batch_size),
   )
 
 
-def _optimizer(config, fields, images_per_update):
+def _optimizer(config, name, images_per_update):
+  fields = config[name]
   rate = _learning_rate(config, fields, images_per_update)
   adam = dict(b1=fields.b1, b2=fields.b2, eps=fields.eps)
   if fields.name == "adamw":
@@ -91,7 +94,40 @@ def _optimizer(config, fields, images_per_update):
     optimizer = optax.chain(
       optax.clip_by_global_norm(fields.clip_norm), optimizer
     )
+  if fields.freeze:
+    optimizer = optax.partition(
+      {True: optax.set_to_zero(), False: optimizer},
+      functools.partial(is_frozen, fields.freeze, f"config.{name}.freeze"),
+    )
   return optimizer
+
+
+def is_frozen(pattern, where, params):
+  """Returns for each parameter whether it stays as it is.
+
+  Args:
+    pattern: regular expression of how the names of those begin, as
+      "embedding|block0/".
+    where: the field that has it, for messages.
+    params: pytree of a network's.
+
+  Raises:
+    ConfigError: if it fits no parameters, or all.
+  """
+  frozen = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(
+      re.match(pattern, jax.tree_util.keystr(path, simple=True, separator="/"))
+    ),
+    params,
+  )
+  count = sum(jax.tree.leaves(frozen))
+  if not 0 < count < len(jax.tree.leaves(frozen)):
+    raise config_lib.ConfigError(
+      f"{where}={pattern!r} must fit some parameters, and fits "
+      f"{'all' if count else 'none'}: their names begin with "
+      f"{', '.join(sorted(params, key=natural_key))}"
+    )
+  return frozen
 
 
 def _learning_rate(config, fields, images_per_update):

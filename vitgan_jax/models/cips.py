@@ -88,7 +88,7 @@ class Generator(nn.Module):
     )
     waves = jnp.sin(coordinates @ frequencies + phase)
     x = jnp.concatenate([waves, embedding], axis=-1).astype(self.dtype)
-    x = jnp.broadcast_to(x, (len(w), *x.shape))
+    x = jnp.broadcast_to(x, (w.shape[0], *x.shape))
     layer = nn.remat(StyledConv) if self.remat else StyledConv
     stages = channels(size, self.base_channels, self.max_channels)
     widths = [features, *np.repeat(list(stages.values()), 2).tolist()]

@@ -293,7 +293,7 @@ class Generator(nn.Module):
     grid = self.image_size // self.patch_size
     angles = rotary_angles(grid, self.width // self.num_heads)
     positions = sine_cosine_positions(grid, self.width)
-    x = jnp.broadcast_to(positions, (len(w), *positions.shape))
+    x = jnp.broadcast_to(positions, (w.shape[0], *positions.shape))
     x, w = x.astype(self.dtype), w.astype(self.dtype)
     block = nn.remat(Block) if self.remat else Block
     image, levels = 0.0, []

@@ -176,7 +176,7 @@ class Generator(nn.Module):
     positions = SineEmbedding(
       grid, self.width, self.position_scale, name="positions"
     )()
-    h = jnp.broadcast_to(positions, (len(w), *positions.shape))
+    h = jnp.broadcast_to(positions, (w.shape[0], *positions.shape))
     group = attention.group_size(self.implementation)
     if self.latent_injection == "sln":
       norm = functools.partial(SelfModulatedLayerNorm, dtype=self.dtype)

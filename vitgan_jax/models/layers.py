@@ -213,7 +213,7 @@ class Norm:
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
     y = y * lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    y = y.reshape(len(self.scale), -1, y.shape[-1])
+    y = y.reshape(self.scale.shape[0], -1, y.shape[-1])
     y = self.scale[:, None] * y + self.shift[:, None]
     return y.reshape(x.shape).astype(x.dtype)
 

@@ -160,7 +160,7 @@ class Generator(nn.Module):
     widths = channels(self.image_size, self.base_channels, self.max_channels)
     shape = (4, 4, widths[4])
     x = self.param("constant", nn.initializers.normal(1.0), shape)
-    x = jnp.broadcast_to(x.astype(self.dtype), (len(w), *shape))
+    x = jnp.broadcast_to(x.astype(self.dtype), (w.shape[0], *shape))
     layers = [4] + [r for r in widths if r > 4 for _ in range(2)]
     noise, images = draw_noise(keys, layers), None
     for i, resolution in enumerate(layers):
