@@ -7,7 +7,7 @@ or
     python -m vitgan_jax.main --config=configs/digits.py
 
 1,497 digits of 8 x 8 pixels, enlarged; two CPU cores, about 900 images/s. The
-result is in configs/results/digits and in the README.
+result is in results/digits and in the README.
 
 What was tried, one run of seed 0 each: mean confidence of a support vector
 machine in 1,000 samples, relative to real digits. Its probabilities (Platt) are
