@@ -289,6 +289,17 @@ def test_every_kind_has_a_size_for_two_cores(network, kind):
   assert num_parameters(params) < 310_000
 
 
+def test_patches_of_the_fast_recipe_fit_into_the_width():
+  """Overlapping patches of the discriminator, which a linear map takes in."""
+  for name, fits in (("cifar16", False), ("cifar16:fast", True)):
+    fields = get_config(name).discriminator
+    side = fields.patch_size + 2 * fields.overlap
+    assert (3 * side**2 <= fields.width) == fits
+  other = get_config("cifar16:d=stylegan2,fast")
+  assert other.discriminator == get_config("cifar16:d=stylegan2").discriminator
+  assert other.g_optimizer.learning_rate == 4e-3
+
+
 @pytest.mark.slow  # the smaller one runs for its golden metrics
 @pytest.mark.parametrize("module", MODULES)
 def test_training_step_traces_and_keeps_the_state_in_shape(module):

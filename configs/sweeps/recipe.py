@@ -10,8 +10,11 @@ NO_CONSISTENCY = {"loss.bcr_weight": 0.0}
 COSINE = {"g_optimizer.decay": "cosine", "d_optimizer.decay": "cosine"}
 FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
 
+FINE = {"discriminator.patch_size": 2, "discriminator.overlap": 1}
+CONSISTENCY = {"loss.bcr_weight": 1.0}
+
 RUNS = {
-  "base": {"loss.bcr_weight": 1.0},
+  "base": CONSISTENCY,
   "no_consistency": NO_CONSISTENCY,
   "cosine": NO_CONSISTENCY | COSINE,
   "no_augmentation": NO_CONSISTENCY | COSINE | {"augment.probability": 0.0},
@@ -23,6 +26,29 @@ RUNS = {
     "augment.contrast": 0.5,
     "augment.cutout": 0.5,
   },
+  "consistency_4e-3": CONSISTENCY | FASTER,
+  "fine_discriminator": CONSISTENCY | FASTER | FINE,
+  "fine_discriminator_conv": CONSISTENCY
+  | FASTER
+  | FINE
+  | {"generator.patch_decoder": "conv"},
+  "hybrid": NO_CONSISTENCY
+  | {
+    "discriminator.kind": "stylegan2",
+    "generator.patch_decoder": "conv",
+    "loss.r1_gamma": 0.01,
+  },
+  "rpgan": NO_CONSISTENCY
+  | {
+    "discriminator.attention": "dot",
+    "discriminator.qk_gain": 1.0,
+    "discriminator.spectral_norm": "none",
+    "loss.adversarial": "rpgan",
+    "loss.r1_gamma": 0.1,
+    "loss.r2_gamma": 0.1,
+    "loss.gradient_penalty": "approximate",
+  },
+  "rpgan_consistency": CONSISTENCY | FASTER | {"loss.adversarial": "rpgan"},
 }
 
 
