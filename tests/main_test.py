@@ -23,8 +23,8 @@ BAD_INPUT = {
   ),
   "missing config file": (["--config=missing.py"], ["missing.py"]),
   "unknown config argument": (
-    [DIGITS.replace("smoke", "tiny")],
-    ["tiny", "smoke"],
+    [DIGITS.replace("smoke", "huge")],
+    ["huge", "tiny, smoke"],
   ),
   "unknown kind of network": (
     [f"{DIGITS},g=other"],
