@@ -344,10 +344,39 @@ def class_names(workdir):
   return []
 
 
+def check_workdir(config, workdir):
+  """Sees whether a run of a config can have a workdir, or go on in it.
+
+  Returns:
+    False if the config there is damaged, and cannot be compared.
+
+  Raises:
+    ConfigError: if another config made it.
+  """
+  if not config_path(workdir).exists():
+    return True
+  try:
+    old = flatten(load(workdir))
+  except DamagedError:
+    return False
+  new = flatten(config)
+  differences = [
+    f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field) and field not in MAY_CHANGE
+  ]
+  if differences:
+    raise ConfigError(
+      f"{workdir} was made by another config: {'; '.join(differences)}. "
+      "Choose another --workdir, or give the old values to resume"
+    )
+  return True
+
+
 def claim_workdir(config, workdir, names=()):
   """Writes the config into a new workdir, or checks it against the one there.
 
-  One that is damaged cannot be compared: it is set aside.
+  One that is damaged is set aside.
 
   Args:
     config: of the run.
@@ -361,24 +390,10 @@ def claim_workdir(config, workdir, names=()):
   from vitgan_jax import files  # it imports this module
 
   path = config_path(workdir)
-  new = flatten(config)
-  try:
-    old = flatten(load(workdir)) if path.exists() else new
-  except DamagedError:
-    old = new
+  if not check_workdir(config, workdir):
     aside = path.with_name(f"{path.name}.damaged")
     path.replace(aside)
     files.tell(f"{path} is damaged: set aside as {aside.name}, written anew")
-  differences = [
-    f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
-    for field in sorted(old.keys() | new.keys())
-    if old.get(field) != new.get(field) and field not in MAY_CHANGE
-  ]
-  if differences:
-    raise ConfigError(
-      f"{workdir} was made by another config: {'; '.join(differences)}. "
-      "Choose another --workdir, or give the old values to resume"
-    )
   partial = path.with_suffix(".partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

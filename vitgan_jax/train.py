@@ -174,6 +174,7 @@ def _claimed_workdir(config, workdir, names):
   with contextlib.ExitStack() as held:
     with processes.raise_together():
       if processes.is_primary():
+        config_lib.check_workdir(config, workdir)  # before a lock is made
         held.enter_context(files.hold(workdir, "--workdir"))
         config_lib.claim_workdir(config, workdir, names)
     with processes.raise_together():
