@@ -37,6 +37,7 @@ def make(
   log = [{"step": 10 * i, "kimg": 100.0 * i} for i in range(1, 5)]
   for line in log[1:]:
     line["images_per_sec"] = rate
+  log.insert(2, {"step": 25, "diversity/std_over_latents": 0.4})
   write(folder / "metrics.jsonl", log)
   records = [
     {
@@ -108,6 +109,12 @@ def test_runs_of_unequal_length_are_compared_at_equal_images_and_time(tmp_path):
   assert time["slow"][2] == f"{200_600 / 500 / 60:.0f}" == time["fast"][2]
 
 
+def test_logs_that_are_whole_are_not_told_of(tmp_path, capsys):
+  make(tmp_path / "a", {400.0: 5.0})
+  pages([tmp_path], tmp_path / "out")
+  assert not capsys.readouterr().err
+
+
 def test_runs_of_equal_length_are_compared_once(tmp_path):
   make(tmp_path / "a", {100.0: 9.0, 400.0: 5.0})
   make(tmp_path / "b", {400.3: 6.0}, r1_gamma=1.0)
@@ -135,7 +142,7 @@ def test_what_is_missing_or_failed_is_on_the_page(tmp_path):
   (tmp_path / "notes").mkdir()
   names = ["whole", "never", "short"]
   text = pages([tmp_path], tmp_path / "out", names)
-  states = text.split("## Not as they should be")[1].split("##")[0]
+  states = text.split("## Missing, unfinished or not scored")[1].split("##")[0]
   assert states.strip().split("\n") == [
     "- `short`: ended at 400 of 800 kimg",
     "- `dead`: failed before its first step",

@@ -91,7 +91,8 @@ def read_run(folder):
   )
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")
-    for x in files.read_records(folder / "metrics.jsonl", "kimg")
+    for x in files.read_records(folder / "metrics.jsonl", "step")
+    if "kimg" in x  # others are measured on the samples
   }
   log, minutes, before = [], 0.0, 0.0
   known = [rate for rate in rates.values() if rate]
@@ -353,6 +354,8 @@ def draw_curves(path, rows, protocol_records):
   for axis, label in zip(axes, ("kimg", "minutes of training")):
     axis.set_xlabel(label)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3, which="both")
   axes[0].set_ylabel(name)
   axes[1].legend(fontsize=8)
@@ -427,7 +430,7 @@ def write(runs, output, command, published=None):
     parts += ["## Samples", "![Samples, of the same latents](samples.png)"]
   states = [f"- `{run.name}`: {run.state}" for run in runs if run.state]
   if states:
-    parts += ["## Not as they should be", "\n".join(states)]
+    parts += ["## Missing, unfinished or not scored", "\n".join(states)]
   parts += ["## What differs", differences(rows)]
   if published:
     lines = [f"- `{name}`: {text}" for name, text in published.items()]

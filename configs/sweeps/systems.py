@@ -22,9 +22,17 @@ def _kinds(generator, discriminator):
   return {"generator.kind": generator, "discriminator.kind": discriminator}
 
 
+_VITGAN = {"loss.bcr_weight": 1.0, **_rates(4e-3)}
+
 SYSTEMS = {
-  "vitgan": {"loss.bcr_weight": 1.0},
-  "vitgan_cond": {"loss.bcr_weight": 1.0, "data.num_classes": 10},
+  "vitgan": _VITGAN,
+  "vitgan_cond": {**_VITGAN, "data.num_classes": 10},
+  # At 16 px and width 64, patches that fit into a token: docs/lab_book.md.
+  "vitgan_fast": {
+    **_VITGAN,
+    "discriminator.patch_size": 2,
+    "discriminator.overlap": 1,
+  },
   "vanilla_vit": {
     "generator.latent_injection": "add",
     "generator.patch_decoder": "linear",
