@@ -32,7 +32,7 @@ def test_what_the_command_refuses_is_raised(tmp_path, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   with (
     contextlib.redirect_stdout(io.StringIO()),
-    pytest.raises(ConfigError, match="'large' must be one of smoke"),
+    pytest.raises(ConfigError, match="'large' must be one of tiny, smoke"),
   ):
     notebook.train("configs/digits.py:large", tmp_path / "run")
   assert not list(tmp_path.iterdir())

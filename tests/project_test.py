@@ -133,7 +133,10 @@ def test_what_is_finished_is_kept_and_the_rest_is_as_without_a_stop(
     run_it(digits_run, folder, tmp_path / "out", num_steps=3, seed=2)
 
 
-@pytest.mark.parametrize("kind, length", [("biggan", 16), ("transgan", 32)])
+@pytest.mark.parametrize(
+  "kind, length",
+  [("biggan", 16), pytest.param("transgan", 32, marks=pytest.mark.slow)],
+)
 def test_without_a_mapping_network_the_latent_is_sought(kind, length):
   config = digits.get_config(f"smoke,g={kind}")
   config.data.num_classes = 3 if kind == "biggan" else 0
