@@ -1,5 +1,7 @@
 import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -83,7 +85,7 @@ def test_runs_of_one_config_share_a_row_of_means_and_deviations(tmp_path):
     )
   make(tmp_path / "other", {400.0: 70.0})
   text = pages([tmp_path], tmp_path / "out")
-  table = table_of(text, "At the end of each run")
+  table = table_of(text, "The last scores of each run")
   assert table["columns"][3] == "fd_efficientnet5k"
   assert list(table)[:2] == ["r1=1", "other"]  # the best first
   mean, deviation = np.mean(values), np.std(values, ddof=1)
@@ -154,7 +156,7 @@ def test_what_is_missing_or_failed_is_on_the_page(tmp_path):
 def test_agreement_with_the_class_has_a_column_where_there_is_one(tmp_path):
   make(tmp_path / "a", {400.0: 50.0})
   make(tmp_path / "b", {400.0: 60.0}, agreement=0.25, r1_gamma=1.0)
-  table = table_of(pages([tmp_path], tmp_path / "out"), "At the end")
+  table = table_of(pages([tmp_path], tmp_path / "out"), "The last scores")
   assert table["columns"][-1] == "of their class"
   assert (table["a"][-1], table["b"][-1]) == ("", "0.250")
 
@@ -163,6 +165,27 @@ def test_what_others_publish_stands_by_itself(tmp_path):
   make(tmp_path / "a", {400.0: 50.0})
   text = pages([tmp_path], tmp_path / "out", published={"a": "FID 3 (there)"})
   assert "- `a`: FID 3 (there)" in text.split("## Published")[1]
+
+
+def test_page_in_the_repository_is_that_of_its_scores(tmp_path):
+  folder = runs_lib.ROOT / "results" / "cifar16-systems"
+  text = (folder / "README.md").read_text()
+  output = shutil.copytree(folder, tmp_path / folder.name)
+  sweep = runpy.run_path(runs_lib.ROOT / "configs" / "sweeps" / "systems.py")
+  command = text.rsplit("Made by `", 1)[1].removesuffix("`.\n")
+  found = results.find_runs([output], list(sweep["SYSTEMS"]))
+  assert results.write(found, output, command, sweep["PUBLISHED"]) == text
+
+
+def test_where_a_machine_keeps_things_is_not_kept(tmp_path):
+  make(tmp_path / "a", {400.0: 5.0})
+  path = tmp_path / "a" / "config.json"
+  config = json.loads(path.read_text())
+  config |= {"data": {"path": "/home/me/x.zip", "split": "train"}}
+  path.write_text(json.dumps(config))
+  pages([tmp_path / "a"], tmp_path / "out")
+  kept = json.loads((tmp_path / "out" / "a" / "config.json").read_text())
+  assert kept == config | {"data": {"path": "", "split": "train"}}
 
 
 def test_pages_are_made_again_from_what_is_kept_beside_them(tmp_path):

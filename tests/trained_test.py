@@ -6,6 +6,7 @@ from etils import epath
 from flax import traverse_util
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import digits
@@ -201,3 +202,33 @@ def test_file_is_plain_safetensors(exported):
     vitgan_jax.load(exported).variables, sep="/"
   )
   assert tensors.keys() == names.keys() | {"step"}
+
+
+EXPORTS = sorted((runs.ROOT / "results").glob("*/generator.safetensors"))
+
+
+def test_there_are_generators_that_come_along():
+  assert len(EXPORTS) >= 4
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.parent.name)
+def test_generator_that_comes_along_opens(path):
+  generator = vitgan_jax.load(path.parent)
+  assert generator.step > 10_000
+  num_classes = generator.config.data.num_classes
+  assert len(generator.class_names) == num_classes
+  latents = np.ones((1, generator.generator.latent_dim), np.float32)
+  w = generator.mapping(latents, np.zeros(1, int) if num_classes else None)
+  assert np.isfinite(generator.synthesize(w)).all()
+
+
+def test_generator_that_comes_along_draws_its_grid():
+  folder = runs.ROOT / "results" / "cifar16-vitgan"
+  generator = vitgan_jax.load(folder)
+  with Image.open(folder / "grid.png") as image:
+    first = np.asarray(image)[: 4 * 16 : 4, : 4 * 16 : 4]  # enlarged by four
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  latents = jax.random.normal(key, (1, generator.generator.latent_dim))
+  image = generator.synthesize(generator.mapping(latents))[0]
+  drawn = np.clip(image, -1, 1) * 127.5 + 127.5
+  assert np.abs(first - drawn).max() < 2  # its weights are of half precision

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vitgan_jax import cli, files, pictures
-from vitgan_jax.config import MAY_CHANGE, ConfigError
+from vitgan_jax.config import MACHINE_FIELDS, MAY_CHANGE, ConfigError
 
 # What is copied of a workdir.
 _KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "grid.png")
@@ -242,7 +242,7 @@ def choose(rows, records):
     if all(within.values()):
       heading = f"After equal time: {minutes:.0f} minutes of training"
       chosen[heading] = pick(lambda run: max(within[run.name]))
-  chosen["At the end of each run"] = pick(last)
+  chosen["The last scores of each run"] = pick(last)
   return chosen
 
 
@@ -438,13 +438,29 @@ def write(runs, output, command, published=None):
   parts += [f"Made by `{command}`."]
   text = "\n\n".join(parts) + "\n"
   for run in runs:
-    for name in _KEPT if run.config else ():
-      source, target = run.folder / name, output / run.name / name
-      if source.exists() and source.resolve() != target.resolve():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-  (output / "README.md").write_text(text)
+    if run.config:
+      _keep(run.folder, output / run.name)
+  with files.whole(output / "README.md") as path:
+    path.write_text(text)
   return text
+
+
+def _keep(workdir, folder):
+  """Copies what the pages are made of, without where a machine keeps things."""
+  if workdir.resolve() == folder.resolve():
+    return
+  folder.mkdir(exist_ok=True)
+  for name in _KEPT:
+    if (workdir / name).exists():
+      shutil.copyfile(workdir / name, folder / name)
+  config = json.loads((workdir / "config.json").read_text())
+  for field in MACHINE_FIELDS:
+    part, _, name = field.rpartition(".")
+    values = config.get(part, {}) if part else config
+    if name in values:
+      values[name] = ""
+  text = json.dumps(config, indent=2, sort_keys=True)
+  (folder / "config.json").write_text(text + "\n")
 
 
 def main(arguments):
