@@ -53,7 +53,10 @@ def run_it(run, images, output, **arguments):
   return project.project(run.workdir, [str(images)], output, **arguments)
 
 
-@pytest.mark.parametrize("space, shape", [("w", (32,)), ("w+", (2, 32))])
+@pytest.mark.parametrize(
+  "space, shape",
+  [("w", (32,)), pytest.param("w+", (2, 32), marks=pytest.mark.slow)],
+)
 def test_own_samples_are_found_again(
   space, shape, digits_run, samples, tmp_path, capsys
 ):
@@ -133,10 +136,8 @@ def test_what_is_finished_is_kept_and_the_rest_is_as_without_a_stop(
     run_it(digits_run, folder, tmp_path / "out", num_steps=3, seed=2)
 
 
-@pytest.mark.parametrize(
-  "kind, length",
-  [("biggan", 16), pytest.param("transgan", 32, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, length", [("biggan", 16), ("transgan", 32)])
 def test_without_a_mapping_network_the_latent_is_sought(kind, length):
   config = digits.get_config(f"smoke,g={kind}")
   config.data.num_classes = 3 if kind == "biggan" else 0
@@ -165,6 +166,7 @@ def test_without_a_mapping_network_the_latent_is_sought(kind, length):
     project.make_projector(*arguments, "w+", 20)
 
 
+@pytest.mark.slow
 def test_several_latents_of_an_image_are_sought_together():
   config = digits.get_config("smoke,g=ganformer")
   config.data.image_size = 8
