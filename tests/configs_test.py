@@ -130,6 +130,22 @@ GOLDEN = {
     "scores/fake": 0.6265568,
     "scores/real": 0.2937754,
   },
+  "gat_ffhq128": {
+    "loss/d": 0.8524416,
+    "loss/g": 0.8308691,
+    "penalty/r1": 0.06985527,
+    "penalty/r2": 0.02461244,
+    "scores/fake": 0.7035567,
+    "scores/real": 0.5140227,
+  },
+  "gat_ffhq256": {
+    "loss/d": 0.9185494,
+    "loss/g": 1.015035,
+    "penalty/r1": 0.009149331,
+    "penalty/r2": 0.005361215,
+    "scores/fake": 0.7249073,
+    "scores/real": 0.6578249,
+  },
   "celeba64": {
     "loss/d": 1.311621,
     "loss/g": 0.7652363,
