@@ -130,6 +130,13 @@ GOLDEN = {
     "scores/fake": 0.6265568,
     "scores/real": 0.2937754,
   },
+  "ffhq256": {
+    "loss/d": 1.367932,
+    "loss/g": 0.628637,
+    "penalty/bcr": 0.1619942,
+    "scores/fake": 0.1901414,
+    "scores/real": 0.2756569,
+  },
   "gat_ffhq128": {
     "loss/d": 0.8524416,
     "loss/g": 0.8308691,
