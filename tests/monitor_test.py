@@ -205,6 +205,7 @@ def test_run_goes_on_without_what_cannot_be_written(
   assert read_events(tmp_path)[0] == {"loss/d": {2: 0.5, 8: 0.5}}
 
 
+@pytest.mark.slow  # on a busy machine the service may write late
 def test_weights_and_biases_gets_what_tensorboard_does(tmp_path, monkeypatch):
   pytest.importorskip("wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")
