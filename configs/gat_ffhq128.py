@@ -14,9 +14,14 @@ from configs import common, ffhq128, gat_cifar10
 
 def get_config(arg=""):
   """Returns the config; for `arg` see `common.apply_argument`."""
+  return on(ffhq128.get_config().data, 256, arg)
+
+
+def on(data, batch_size, arg):
+  """Returns the config on other images, with patches of 8 in any size."""
   config = gat_cifar10.get_config()
-  config.batch_size = 256
-  config.data = ffhq128.get_config().data
+  config.batch_size = batch_size
+  config.data = data
   config = common.apply_argument(config, arg)
   for network in (config.generator, config.discriminator):
     if network.kind == "gat":  # in the size of `:smoke`, too

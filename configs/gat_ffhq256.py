@@ -9,16 +9,9 @@ pixels in the latent space of an autoencoder, 32 x 32 there. Not yet trained
 here.
 """
 
-from configs import common, ffhq256, gat_cifar10
+from configs import ffhq256, gat_ffhq128
 
 
 def get_config(arg=""):
   """Returns the config; for `arg` see `common.apply_argument`."""
-  config = gat_cifar10.get_config()
-  config.batch_size = 128
-  config.data = ffhq256.get_config().data
-  config = common.apply_argument(config, arg)
-  for network in (config.generator, config.discriminator):
-    if network.kind == "gat":  # in the size of `:smoke`, too
-      network.patch_size = 8
-  return config
+  return gat_ffhq128.on(ffhq256.get_config().data, 128, arg)

@@ -136,6 +136,18 @@ def test_what_is_finished_is_kept_and_the_rest_is_as_without_a_stop(
     run_it(digits_run, folder, tmp_path / "out", num_steps=3, seed=2)
 
 
+def projected(arguments, size, labels):
+  """Returns w, images and the distances before and after 20 steps to noise."""
+  start, step, finish = project.make_projector(*arguments, "w", 20)
+  targets = datasets.noise(2, size, size, 3)
+  state, keys = start(targets), jax.random.split(jax.random.key(0), 2)
+  _, _, before = finish(state, targets, labels)
+  for i in range(20):
+    state = step(state, i, targets, labels, keys)
+  w, images, after = finish(state, targets, labels)
+  return w, images, before, after
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, length", [("biggan", 16), ("transgan", 32)])
 def test_without_a_mapping_network_the_latent_is_sought(kind, length):
@@ -147,21 +159,14 @@ def test_without_a_mapping_network_the_latent_is_sought(kind, length):
   z = jax.random.normal(jax.random.key(0), (2, length))
   variables = jax.jit(nets.generator.init)(jax.random.key(1), z, labels)
   arguments = (nets, variables, networks.tiny())
-  start, step, finish = project.make_projector(*arguments, "w", 20)
-  targets = datasets.noise(2, 32, 32, 3)
-  state, keys = start(targets), jax.random.split(jax.random.key(0), 2)
-  _, _, before = finish(state, targets, labels)
-  for i in range(20):
-    state = step(state, i, targets, labels, keys)
-  w, images, after = finish(state, targets, labels)
+  w, images, before, after = projected(arguments, 32, labels)
   assert w.shape == (2, length)
   expected = nets.generator.apply(
     variables, w, labels
   )  # in the class asked for
   expected = np.clip(np.asarray(expected), -1, 1) * 127.5 + 127.5
   assert np.abs(images - expected).max() <= 1
-  total = [sum(x.values()).sum() for x in (after, before)]
-  assert total[0] < total[1]
+  assert sum(after.values()).sum() < sum(before.values()).sum()
   with pytest.raises(config_lib.ConfigError, match="--space=w"):
     project.make_projector(*arguments, "w+", 20)
 
@@ -174,13 +179,7 @@ def test_several_latents_of_an_image_are_sought_together():
   z = np.ones((2, nets.generator.latent_dim), np.float32)
   variables = jax.jit(nets.generator.init)(jax.random.key(1), z)
   arguments = (nets, variables, networks.tiny())
-  start, step, finish = project.make_projector(*arguments, "w", 20)
-  targets = datasets.noise(2, 8, 8, 3)
-  state, keys = start(targets), jax.random.split(jax.random.key(0), 2)
-  _, _, before = finish(state, targets, None)
-  for i in range(20):
-    state = step(state, i, targets, None, keys)
-  w, _, after = finish(state, targets, None)
+  w, _, before, after = projected(arguments, 8, None)
   assert w.shape == (2, 4, 8)
   assert sum(after.values()).sum() < sum(before.values()).sum()
 

@@ -239,10 +239,10 @@ def validate(config):
 
 
 def flatten(config):
-  """Returns a dict from dotted field names to values."""
+  """Returns a dict from dotted field names to values, of a config or a dict."""
   values = {}
   for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
+    if isinstance(value, ml_collections.ConfigDict | dict):
       values.update({f"{key}.{k}": v for k, v in flatten(value).items()})
     else:
       values[key] = value
@@ -317,6 +317,21 @@ def with_machine_fields(config, other):
   values = flatten(other)
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict({f: values[f] for f in MACHINE_FIELDS})
+  return config.lock()
+
+
+def without_paths(config):
+  """Returns a config without folders of the machine that it was made on.
+
+  It may be one of another version. What the run started from keeps its name.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  values = dict.fromkeys(MACHINE_FIELDS, "")
+  values["init_from"] = epath.Path(config.get("init_from", "")).name
+  known = flatten(config)
+  config.update_from_flattened_dict(
+    {field: value for field, value in values.items() if field in known}
+  )
   return config.lock()
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from vitgan_jax import cli
-from vitgan_jax.config import MACHINE_FIELDS, ConfigError
+from vitgan_jax.config import ConfigError
 
 _OPSET = 21  # of ONNX; browsers lag behind
 _GRID = 64  # samples on grid.png
@@ -54,7 +54,7 @@ def export(workdir, output, file_format, dtype="float32", data_license=""):
   generator = trained.load(workdir)
   with files.new_folder(output) as folder:
     print(f"Exporting step {generator.step} of {workdir}", flush=True)
-    config = _without_paths(generator.config)
+    config = config_lib.without_paths(generator.config)
     config_lib.claim_workdir(config, folder, generator.class_names)
     if file_format == "safetensors":
       trained.save(folder, generator, dtype)
@@ -193,23 +193,14 @@ def _one_platform():
     lax.platform_dependent = original
 
 
-def _without_paths(config):
-  """Returns a config without folders of the machine that it was made on."""
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(dict.fromkeys(MACHINE_FIELDS, ""))
-  config.init_from = epath.Path(config.init_from).name  # what it was called
-  return config
-
-
 def _scores(workdir, step):
   """Returns the records of a run's scores at a step, oldest first."""
-  from vitgan_jax import files
+  from vitgan_jax import evaluate
 
   folder = epath.Path(workdir)
   if folder.name == "best":  # of which its run has the scores
     folder = folder.parent
-  keys = ("step", "scores", "protocol")
-  records = files.read_records(folder / "scores.jsonl", *keys)
+  records = evaluate.read_records(folder)
   return [record for record in records if record["step"] == step]
 
 

@@ -26,11 +26,17 @@ import statistics
 
 from absl import flags
 from matplotlib.figure import Figure
+import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vitgan_jax import cli, files, pictures
-from vitgan_jax.config import MACHINE_FIELDS, MAY_CHANGE, ConfigError
+from vitgan_jax.config import (
+  MAY_CHANGE,
+  ConfigError,
+  flatten,
+  without_paths,
+)
 
 # What is copied of a workdir.
 _KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "grid.png")
@@ -83,7 +89,7 @@ def read_run(folder):
   """Returns the Run of a folder, which need not be a workdir."""
   folder = pathlib.Path(folder)
   try:
-    config = _flatten(json.loads((folder / "config.json").read_text()))
+    config = flatten(json.loads((folder / "config.json").read_text()))
   except (OSError, ValueError):
     return Run(folder.name, folder)
   records = files.read_records(
@@ -103,16 +109,6 @@ def read_run(folder):
     before = kimg
     log.append((kimg, minutes))
   return Run(folder.name, folder, config, tuple(records), tuple(log))
-
-
-def _flatten(values, prefix=""):
-  flat = {}
-  for key, value in values.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
 
 
 def find_runs(folders, names=()):
@@ -454,12 +450,8 @@ def _keep(workdir, folder):
     if (workdir / name).exists():
       shutil.copyfile(workdir / name, folder / name)
   config = json.loads((workdir / "config.json").read_text())
-  for field in MACHINE_FIELDS:
-    part, _, name = field.rpartition(".")
-    values = config.get(part, {}) if part else config
-    if name in values:
-      values[name] = ""
-  text = json.dumps(config, indent=2, sort_keys=True)
+  config = without_paths(ml_collections.ConfigDict(config))
+  text = config.to_json(indent=2, sort_keys=True)
   (folder / "config.json").write_text(text + "\n")
 
 

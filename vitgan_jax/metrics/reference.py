@@ -95,15 +95,13 @@ def _thousands(batches):
 
 def _write(path, reference):
   path.parent.mkdir(exist_ok=True)
-  partial = path.with_suffix(".partial")
-  with open(partial, "wb") as file:
+  with files.whole(path) as partial, open(partial, "wb") as file:
     np.savez(
       file,
       **dataclasses.asdict(reference.statistics),
       features=reference.features,
       indices=reference.indices,
     )
-  partial.rename(path)
 
 
 def _read(path):
