@@ -9,6 +9,7 @@ import pytest
 from configs import digits
 from tests import runs
 from tests.trained_test import untrained
+from vitgan_jax import config as config_lib
 from vitgan_jax import export, sample, trained
 from vitgan_jax.config import ConfigError
 
@@ -198,7 +199,7 @@ def test_folders_of_this_machine_are_not_exported(tmp_path):
   config = digits.get_config("smoke")
   config.data.data_dir = config.data.path = "/home/me/private"
   config.init_from = "/home/me/faces"
-  export_config = export._without_paths(config)
+  export_config = config_lib.without_paths(config)
   assert "/home/me" not in export_config.to_json()
   assert export_config.init_from == "faces"
   assert config.data.data_dir == "/home/me/private"
