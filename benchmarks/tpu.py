@@ -203,15 +203,15 @@ def programs(config, mesh):
   batch = {"images": images(*shape, size, size, 3, axis=2), "labels": None}
   if config.data.num_classes:
     batch["labels"] = images(*shape, axis=2, dtype=jnp.int32)
+  number = replicated(jnp.zeros((), jnp.int32))
   yield Program(
     "training step",
     make_train_steps(config, nets, mesh),
-    (state, batch),
+    (state, batch, number),
     config.dtype,
     config.batch_size // mesh.size,
     implementations,
   )
-  number = replicated(jnp.zeros((), jnp.int32))
   yield Program(
     "sampler",
     sample.make_sampler(nets, mesh),

@@ -37,7 +37,7 @@ def run(config, seconds):
     config,
     lambda compiled: _their_steps(config, state, host_images[:, 0], compiled),
   )
-  train_steps = make_train_steps(config, nets, mesh).lower(state, batch)
+  train_steps = make_train_steps(config, nets, mesh).lower(state, batch, 0)
   compiled = []
   compile_seconds = turns.time_of(
     lambda: compiled.append(train_steps.compile())
@@ -45,7 +45,7 @@ def run(config, seconds):
 
   def ours():
     nonlocal state
-    state, metrics = compiled[0](state, batch)
+    state, metrics = compiled[0](state, batch, int(state.step))
     jax.block_until_ready((state, metrics))
 
   medians, calls = turns.median_seconds([ours, *theirs.values()], seconds)

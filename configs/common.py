@@ -110,6 +110,11 @@ def get_config():
   config.evaluation.num_samples = 10_000
   config.evaluation.every_kimg = 0.0  # scores in the training run; 0 is never
 
+  # After a step that leaves a number that is not finite, which is never taken:
+  # "stop", and keep what --mode=replay needs; "skip" it; or "rewind" to the last
+  # checkpoint, and go on from there with other random numbers
+  config.on_nonfinite = "stop"
+
   config.log_every_kimg = 50.0
   config.sample_every_kimg = 500.0
   config.num_sample_images = 64  # on the grids of the training run

@@ -205,7 +205,7 @@ def test_step_keeps_the_state_in_shape_and_updates_its_statistics():
     "images": tiny.random_images(config, 2, 4),
     "labels": np.zeros((2, 4, config.batch_size), np.int32),
   }
-  after, _ = jax.eval_shape(train_steps, state, batch)
+  after, _ = jax.eval_shape(train_steps, state, batch, 0)
   assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
   assert {"batch_stats", "spectral"} == after.g_model_state.keys()
   assert "batch_stats" in after.g_ema_model_state

@@ -236,6 +236,8 @@ def test_metrics_match_numpy(name, turn):
   after, metrics = run(name, before, batch_of(name, images))
   _, expected = reference_d(name, before.d_params, before, after, images)
   expected["loss/g"] = reference_g(name, COLOR, after, images)
+  for network, gradient in zip("gd", gradients(after)):
+    expected[f"gradients/{network}"] = norm(gradient)
   assert metrics.keys() == expected.keys()
   for key, value in expected.items():
     assert metrics[key].dtype == jnp.float32 and metrics[key].shape == ()
@@ -694,7 +696,9 @@ def train_steps(num_devices, fsdp=1, **changes):
     for images in batches:
       batch = {"images": images, "labels": None}
       state, call_metrics = train_steps(
-        state, partitioning.global_batch(mesh, batch, axis=2)
+        state,
+        partitioning.global_batch(mesh, batch, axis=2),
+        int(state.step),
       )
       metrics.append(tiny.to_host(call_metrics))
     return state, metrics
@@ -726,7 +730,7 @@ def test_train_steps_are_steps_of_d_and_one_of_g_in_turn():
   tiny.assert_bit_equal(after, state)
   for name, value in means.items():
     by_hand = [m[name] for m in metrics if name in m]
-    assert len(by_hand) == (2 if name == "loss/g" else 4)
+    assert len(by_hand) == (2 if name.endswith("/g") else 4)
     np.testing.assert_allclose(value, np.mean(by_hand), rtol=1e-6, atol=1e-7)
 
 
@@ -741,6 +745,38 @@ def test_run_resumed_from_host_memory_is_bit_for_bit_the_same():
   assert resumed.step == 6
   tiny.assert_bit_equal(resumed, whole)
   tiny.assert_bit_equal(resumed_metrics, metrics[1:])
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_step_that_is_not_finite_is_not_taken(policy, monkeypatch):
+  def train_step(state, batch, unused_key, **unused_options):
+    bad = batch["images"][0, 0, 0, 0, 0] == 255
+    params = jax.tree.map(
+      lambda x: x + jnp.where(bad, jnp.inf, 1.0), state.d_params
+    )
+    state = state.replace(step=state.step + 1, d_params=params)
+    return state, {"loss/d": state.step.astype(jnp.float32)}
+
+  monkeypatch.setattr(gan_step, "train_step", train_step)
+  train_steps = gan_step.make_train_steps(
+    **setting("default", on_nonfinite=policy)
+  )
+  images = np.zeros((4, *BATCHES[0].shape[1:]), np.uint8)
+  images[1] = 255  # the second of four steps
+  batch = {"images": images, "labels": None}
+  state = jax.tree.map(jnp.copy, state_of("default"))
+  before = tiny.leaves_by_name(tiny.to_host(state.d_params))
+  state, metrics = train_steps(state, batch, 0)
+  assert state.step == {"stop": 1, "skip": 4}[policy]
+  for name, leaf in tiny.leaves_by_name(state.d_params).items():
+    moved = {"stop": 1, "skip": 3}[policy]
+    np.testing.assert_allclose(leaf, before[name] + moved, rtol=1e-6)
+  if policy == "skip":
+    assert metrics["steps/skipped"] == 1
+    np.testing.assert_allclose(metrics["loss/d"], (1 + 3 + 4) / 3)
+  # Calls that were on their way leave a state that stopped as it is.
+  state, _ = train_steps(state, batch, 4)
+  assert state.step == {"stop": 1, "skip": 8}[policy]
 
 
 def test_every_step_draws_anew():

@@ -245,7 +245,7 @@ def start(arg):
 )
 def test_pairs_of_one_level_and_of_many_fit(arg):
   train_steps, state, batch = start(arg)
-  after, metrics = jax.eval_shape(train_steps, state, batch)
+  after, metrics = jax.eval_shape(train_steps, state, batch, 0)
   assert metrics["penalty/r1"].shape == ()
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
@@ -257,7 +257,7 @@ def test_all_parameters_are_trained():
   mesh = partitioning.create_mesh(jax.devices()[:1])
   state = train_state.init_train_state(config, networks.build(config), mesh)
   before = tiny.to_host({"g": state.g_params, "d": state.d_params})
-  after, metrics = train_steps(state, batch)
+  after, metrics = train_steps(state, batch, 0)
   assert all(np.isfinite(value) for value in metrics.values())
   moved = tiny.to_host({"g": after.g_params, "d": after.d_params})
   for name, leaf in tiny.leaves_by_name(moved).items():

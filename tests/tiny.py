@@ -86,7 +86,11 @@ def _without_key_type(x):
 
 
 def assert_golden(metrics, expected, message):
-  """Fails with the message unless metrics are the expected, to round-off."""
+  """Fails with the message unless metrics are the expected, to round-off.
+
+  Norms of gradients are left out: they are not as exact from CPU to CPU.
+  """
+  metrics = {k: v for k, v in metrics.items() if "gradients/" not in k}
   assert metrics.keys() == expected.keys(), message
   np.testing.assert_allclose(
     # The order of sums, which differs from one CPU to another, moves float32

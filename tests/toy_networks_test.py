@@ -293,6 +293,7 @@ def step(num_devices, fsdp=1, **overrides):
     partitioning.global_batch(
       mesh, {"images": images, "labels": labels}, axis=2
     ),
+    0,
   )
 
 

@@ -17,6 +17,7 @@ from vitgan_jax import (
   files,
   partitioning,
   pictures,
+  replay,
   sample,
   train,
 )
@@ -36,19 +37,19 @@ def saved_steps(workdir):
   return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
 
-def after_call(monkeypatch, number, action):
-  """Has the nth call get `action(state)` in place of its state."""
+def before_call(monkeypatch, number, action):
+  """Has the nth call of all, or each with None, get `action(state)`."""
   make_train_steps = train.make_train_steps
+  calls = 0
 
   def make(config, nets, mesh):
     train_steps = make_train_steps(config, nets, mesh)
-    calls = 0
 
-    def wrapped(state, batch):
+    def wrapped(state, batch, step):
       nonlocal calls
       calls += 1
-      state = state if calls != number else action(state)
-      return train_steps(state, batch)
+      state = action(state) if number in (None, calls) else state
+      return train_steps(state, batch, step)
 
     return wrapped
 
@@ -152,7 +153,7 @@ def interrupted(tmp_path_factory):
       os.kill(os.getpid(), signal.SIGTERM)
       return state
 
-    after_call(patch, 1, terminate)
+    before_call(patch, 1, terminate)
     first = runs.train_quietly(digits.get_config("smoke"), workdir)
   steps = saved_steps(workdir)
   second = runs.train_quietly(digits.get_config("smoke"), workdir)
@@ -261,25 +262,101 @@ def test_run_goes_on_from_what_a_crash_left_whole(digits_run, tmp_path, capsys):
   assert len(told) == 4 and all(str(workdir) in line for line in told)
 
 
-def test_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(
-  digits_run, tmp_path, monkeypatch
-):
-  workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
+def too_large(state):
+  """Returns a state whose generator overflows within its block."""
+  params = jax.tree.map(lambda x: x, state.g_params)
+  params["block0"]["mlp_in"]["bias"] += np.float32(3e38)
+  return state.replace(g_params=params)
+
+
+def going_on(digits_run, folder, policy="stop"):
+  """Returns the config and a workdir of the run, which has half of it to go."""
   config = digits.get_config("smoke")
-  config.total_kimg = 0.128
-  after_call(  # the call from step 10 to 12, which is one to save
-    monkeypatch,
-    2,
-    lambda state: state.replace(
-      d_params=jax.tree.map(lambda x: x * np.nan, state.d_params)
-    ),
-  )
-  with pytest.raises(train.TrainingDivergedError) as error:
-    runs.train_quietly(config, workdir)
-  assert "is nan before step 12" in str(error.value)
-  assert "\n" not in str(error.value)
+  config.update(total_kimg=0.128, on_nonfinite=policy)
+  return config, shutil.copytree(digits_run.workdir, folder / "run")
+
+
+@pytest.fixture(scope="module")
+def diverged(digits_run, tmp_path_factory):
+  """(workdir, error) of a run that a number ends in the call from step 10."""
+  config, workdir = going_on(digits_run, tmp_path_factory.mktemp("diverged"))
+  with pytest.MonkeyPatch.context() as patch:
+    before_call(patch, 2, too_large)
+    with pytest.raises(train.TrainingDivergedError) as error:
+      runs.train_quietly(config, workdir)
+  return workdir, str(error.value)
+
+
+def test_number_that_is_not_finite_ends_the_run_before_it_is_saved(
+  digits_run, diverged
+):
+  workdir, error = diverged
+  assert "is nan at step 10, which was not taken" in error
+  assert "\n" not in error and f"--mode=replay --workdir={workdir}" in error
   assert saved_steps(workdir) == [4, 8]
   tiny.assert_bit_equal(restore(workdir, 8), digits_run.state)
+
+
+def test_step_that_was_not_taken_is_replayed(diverged):
+  workdir, _ = diverged
+  # The state before it, and not what later calls would have made of that.
+  assert saved_steps(replay.folder(workdir)) == [10]
+  code, output, errors = runs.call(
+    "vitgan_jax.main",
+    "--mode=replay",
+    f"--workdir={workdir}",
+    cwd=workdir.parent,
+  )
+  assert code == 0, errors
+  assert output.splitlines()[1].startswith(
+    "update 1 of the discriminator: modules return: Generator/block0"
+  ), output
+  assert "update 1 of the discriminator: losses: loss/d: 1 of 1" in output
+
+
+def test_run_without_such_a_step_has_nothing_to_replay(digits_run, tmp_path):
+  code, output, errors = runs.call(
+    "vitgan_jax.main",
+    "--mode=replay",
+    f"--workdir={digits_run.workdir}",
+    cwd=tmp_path,
+  )
+  assert code == os.EX_CONFIG and not output
+  assert "has no step to replay" in errors and errors.count("\n") == 1
+
+
+def test_run_goes_back_and_on_with_other_keys(
+  digits_run, tmp_path, monkeypatch, capsys
+):
+  config, workdir = going_on(digits_run, tmp_path, "rewind")
+  before_call(monkeypatch, 2, too_large)
+  run = runs.train_quietly(config, workdir)
+  assert "Back to the last checkpoint, with other random numbers: 1 of" in (
+    capsys.readouterr().err
+  )
+  assert int(run.state.step) == 16
+  assert run.state.key == jax.random.fold_in(digits_run.state.key, 1)
+
+
+@pytest.mark.slow  # the one before, and a step of its own, show most
+def test_run_whose_numbers_go_bad_again_and_again_ends(
+  digits_run, tmp_path, monkeypatch, capsys
+):
+  config, workdir = going_on(digits_run, tmp_path, "rewind")
+  monkeypatch.setattr(train, "_MAX_REWINDS", 1)
+  before_call(monkeypatch, None, too_large)
+  with pytest.raises(train.TrainingDivergedError, match="at step 8"):
+    runs.train_quietly(config, workdir)
+  assert capsys.readouterr().err.count("Back to the last checkpoint") == 1
+
+
+@pytest.mark.slow  # the one before, and a step of its own, show most
+def test_run_that_would_skip_all_ends(digits_run, tmp_path, monkeypatch):
+  config, workdir = going_on(digits_run, tmp_path, "skip")
+  before_call(monkeypatch, 2, too_large)
+  with pytest.raises(train.TrainingDivergedError, match="is nan at step 1"):
+    runs.train_quietly(config, workdir)
+  assert saved_steps(workdir) == [4, 8]
 
 
 def test_run_goes_on_without_pictures_that_cannot_be_written(
@@ -335,7 +412,7 @@ def test_step_gets_its_batches_with_their_labels(tmp_path, monkeypatch):
   batches = []
 
   def make(config, nets, mesh):
-    def train_steps(state, batch):
+    def train_steps(state, batch, unused_step):
       batches.append(jax.device_get(batch))
       return state, {}
 
@@ -365,9 +442,9 @@ def test_run_says_what_computes_its_networks(digits_run):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_metric_that_is_not_finite_is_named(value):
-  assert train._check_finite(4, {"loss/d": np.float32(2)}) == {"loss/d": 2.0}
+  assert train._check_finite({"loss/d": np.float32(2)}) == {"loss/d": 2.0}
   with pytest.raises(train.TrainingDivergedError, match="loss/g"):
-    train._check_finite(4, {"loss/d": 1.0, "loss/g": np.float32(value)})
+    train._check_finite({"loss/d": 1.0, "loss/g": np.float32(value)})
 
 
 @pytest.mark.parametrize("every_kimg", [0.016, 0.02, 0.05, 1.0])

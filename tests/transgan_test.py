@@ -171,7 +171,7 @@ def test_step_takes_four_of_the_discriminator_with_its_penalties():
   train_steps = gan_step.make_train_steps(config, nets, mesh)
   state = jax.eval_shape(lambda: train_state.create_train_state(config, nets))
   batch = {"images": tiny.random_images(config, 2, 4), "labels": None}
-  after, metrics = jax.eval_shape(train_steps, state, batch)
+  after, metrics = jax.eval_shape(train_steps, state, batch, 0)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert {"penalty/gp", "penalty/drift"} < metrics.keys()
 

@@ -27,6 +27,7 @@ MAY_CHANGE = (
   "num_sample_images",
   "checkpoint_every_kimg",
   "keep_checkpoints",
+  "on_nonfinite",
   "profile",
   "wandb",
   "evaluation.features",
@@ -41,10 +42,12 @@ _LATER = {
   "g_optimizer.freeze": "",
   "d_optimizer.freeze": "",
   "wandb": "",
+  "on_nonfinite": "stop",
 }
 
 _CHOICES = {
   "init_networks": ("both", "generator", "discriminator"),
+  "on_nonfinite": ("stop", "skip", "rewind"),
   "dtype": ("float32", "bfloat16"),
   "implementation": ("auto", *IMPLEMENTATIONS),
   "loss.adversarial": ("non_saturating", "hinge", "wasserstein", "rpgan"),

@@ -202,6 +202,7 @@ def d_step(state, batch, *, config, nets, mesh):
   updates, opt_state = optimizer.update(
     gradients, state.d_opt_state, state.d_params
   )
+  metrics["gradients/d"] = optax.tree.norm(gradients)
   logit_ema = {
     name: LOGIT_EMA_DECAY * average
     + (1.0 - LOGIT_EMA_DECAY) * metrics[f"scores/{name}"]
@@ -235,6 +236,7 @@ def g_step(state, batch, *, config, nets, mesh):
   updates, opt_state = optimizer.update(
     gradients, state.g_opt_state, state.g_params
   )
+  metrics["gradients/g"] = optax.tree.norm(gradients)
   if config.loss.path_length_weight:
     average, mean = state.path_length, metrics["path_length/mean"]
     average = mean + (average - mean) * PATH_LENGTH_DECAY
@@ -262,42 +264,81 @@ def train_step(state, batch, key, *, config, nets, mesh):
   Returns:
     (state, metrics): float32 scalars, the discriminator's means over its steps.
   """
-  shape = (config.d_steps + 1, config.batch_size)
-  *d_keys, g_keys = jax.random.split(key, shape)
   options = dict(config=config, nets=nets, mesh=mesh)
+  d_batches, g_batch = with_keys(batch, key, config)
   state, d_metrics = lax.scan(
-    functools.partial(d_step, **options),
-    state,
-    {**batch, "keys": jnp.stack(d_keys)},
+    functools.partial(d_step, **options), state, d_batches
   )
-  last = jax.tree.map(lambda x: x[-1], batch)
-  state, g_metrics = g_step(state, {**last, "keys": g_keys}, **options)
+  state, g_metrics = g_step(state, g_batch, **options)
   metrics = {**jax.tree.map(jnp.mean, d_metrics), **g_metrics}
   return state.replace(step=state.step + 1), metrics
 
 
-def make_train_steps(config, nets, mesh):
-  """Returns the jitted `train_steps(state, batch)`, n steps in one call.
+def with_keys(batch, key, config):
+  """Returns the discriminator's batches and the generator's; see `train_step`.
 
-  The batch is that of `train_step`, of arrays [n, d_steps, B, ...]; the metrics
-  are means over the n steps. The state is donated.
+  Of arrays [d_steps, B, ...] and [B, ...], with a key for each image.
   """
+  shape = (config.d_steps + 1, config.batch_size)
+  *d_keys, g_keys = jax.random.split(key, shape)
+  last = jax.tree.map(lambda x: x[-1], batch)
+  return {**batch, "keys": jnp.stack(d_keys)}, {**last, "keys": g_keys}
 
-  def body(state, batch):
-    key = jax.random.fold_in(state.key, state.step)
-    return train_step(state, batch, key, config=config, nets=nets, mesh=mesh)
 
-  def train_steps(state, batch):
-    state, metrics = lax.scan(body, state, batch)
-    return state, jax.tree.map(jnp.mean, metrics)
+def make_train_steps(config, nets, mesh):
+  """Returns the jitted `train_steps(state, batch, step)`, n steps in one call.
+
+  A step that leaves a number that is not finite is not taken, as
+  `config.on_nonfinite` says: "skip" goes on to the next one, and else the state
+  stays as it was before, however many calls are on their way.
+
+  Takes the state, which is donated; the batch of `train_step`, of arrays
+  [n, d_steps, B, ...]; and the step that it begins with. Returns the state and
+  the metrics, means over the n steps; with "skip" over those that were taken,
+  with `steps/skipped`, how many were not.
+  """
+  skips = config.on_nonfinite == "skip"
+
+  def body(state, inputs):
+    batch, step = inputs
+    key = jax.random.fold_in(state.key, step)
+    after, metrics = train_step(
+      state, batch, key, config=config, nets=nets, mesh=mesh
+    )
+    is_finite = all_finite((metrics, after.g_variables, after.d_variables))
+    is_taken = is_finite & (state.step == step)
+    before = state.replace(step=state.step + 1) if skips else state
+    state = jax.tree.map(functools.partial(jnp.where, is_taken), after, before)
+    return state, (metrics, is_finite)
+
+  def train_steps(state, batch, step):
+    count = jax.tree.leaves(batch)[0].shape[0]
+    state, (metrics, is_finite) = lax.scan(
+      body, state, (batch, step + jnp.arange(count))
+    )
+    means = jax.tree.map(jnp.mean, metrics)
+    if skips:
+      means = jax.tree.map(lambda x: jnp.mean(x, where=is_finite), metrics)
+      means["steps/skipped"] = jnp.sum(~is_finite)
+    return state, means
 
   state_shardings = train_state_lib.state_shardings(config, nets, mesh)
+  replicated = partitioning.replicated(mesh)
+  batch_sharding = partitioning.batch_sharding(mesh, axis=2)
   return jax.jit(
     train_steps,
-    in_shardings=(state_shardings, partitioning.batch_sharding(mesh, axis=2)),
-    out_shardings=(state_shardings, partitioning.replicated(mesh)),
+    in_shardings=(state_shardings, batch_sharding, replicated),
+    out_shardings=(state_shardings, replicated),
     donate_argnums=0,
   )
+
+
+def all_finite(tree):
+  """Tells whether all floating-point numbers of a pytree are finite."""
+  leaves = [
+    x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 def augmentation(config, state):

@@ -19,6 +19,9 @@ On many hosts, the same command on each, with a workdir that all of them see:
 or, where they cannot find each other, on host I of N:
     --coordinator_address=HOST0:1234 --num_processes=N --process_id=I
 
+Find where a number came from that was not finite, after a run that it ended:
+  python -m vitgan_jax.main --mode=replay --workdir=runs/faces
+
 Write samples of the last checkpoint as PNGs:
   python -m vitgan_jax.main --mode=sample --workdir=runs/digits --num_samples=64
 of a run with classes, those of some:
@@ -41,7 +44,7 @@ _WORKDIR = cli.define_path(
   "workdir", None, "Folder of the run; default runs/<config name>."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "evaluate", "sample"], "What to do."
+  "mode", "train", ["train", "evaluate", "sample", "replay"], "What to do."
 )
 # What belongs to other modes than these is refused, not ignored.
 _MODES_OF = {
@@ -133,8 +136,8 @@ def main(arguments):
   given = set()
   if _CONFIG.value is not None:
     given.update(config_flags.get_override_values(flags.FLAGS["config"]))
-  uses = {"train": given, "evaluate": set(MACHINE_FIELDS), "sample": set()}
-  if unused := given - uses[_MODE.value]:
+  uses = {"train": given, "evaluate": set(MACHINE_FIELDS)}
+  if unused := given - uses.get(_MODE.value, set()):
     raise ConfigError(
       f"--config.{min(unused)} is for --mode=train; --mode={_MODE.value} takes "
       "it from the run; see --help"
@@ -149,7 +152,13 @@ def main(arguments):
     _PROCESS_ID.value,
     preemptible=_MODE.value == "train",
   )
-  {"train": _train, "evaluate": _evaluate, "sample": _sample}[_MODE.value]()
+  modes = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "replay": _replay,
+  }
+  modes[_MODE.value]()
 
 
 def _train():
@@ -184,6 +193,12 @@ def _sample():
   count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
   output = _OUTPUT.value or f"{workdir}/samples_seed{_SEED.value}"
   sample.sample(workdir, count, _SEED.value, output, _CLASSES.value)
+
+
+def _replay():
+  from vitgan_jax import replay
+
+  replay.replay(_workdir())
 
 
 def _workdir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 
 from clu import parameter_overview
 import jax
@@ -14,6 +15,7 @@ from vitgan_jax import (
   files,
   partitioning,
   processes,
+  replay,
   transfer,
 )
 from vitgan_jax import config as config_lib
@@ -28,9 +30,11 @@ from vitgan_jax.monitor import (
   SampleWriter,
 )
 
+_MAX_REWINDS = 5  # of one process: numbers that go bad more often are no chance
+
 
 class TrainingDivergedError(RuntimeError):
-  """A loss is not a finite number; the message is one line."""
+  """A step left a number that is not finite; the message is one line."""
 
 
 def train_and_evaluate(config, workdir):
@@ -38,7 +42,8 @@ def train_and_evaluate(config, workdir):
 
   Writes into the workdir: config.json, classes.json (names of classes, if the
   networks get them), checkpoints/, samples/*.png, a line of scalars a log in
-  metrics.jsonl, TensorBoard events, and a profile if config.profile. With many
+  metrics.jsonl, TensorBoard events, a profile if config.profile, and in
+  nonfinite/ the state before a step that could not be taken. With many
   processes the workdir is one that all of them see.
 
   Args:
@@ -51,8 +56,26 @@ def train_and_evaluate(config, workdir):
   Raises:
     ConfigError: if the config, the data or the workdir cannot be used, or
       another process trains in the workdir.
-    TrainingDivergedError: if a loss is not finite; the last checkpoint stays.
+    TrainingDivergedError: if a number is not finite, and config.on_nonfinite
+      does not go on; all checkpoints are from before it.
   """
+  for rewinds in range(_MAX_REWINDS + 1):
+    try:
+      return _train(config, workdir, rewinds)
+    except TrainingDivergedError as error:
+      if config.on_nonfinite != "rewind" or rewinds == _MAX_REWINDS:
+        raise
+      if processes.is_primary():
+        print(
+          f"{error}. Back to the last checkpoint, with other random numbers: "
+          f"{rewinds + 1} of at most {_MAX_REWINDS} times",
+          file=sys.stderr,
+          flush=True,
+        )
+
+
+def _train(config, workdir, rewinds):
+  """Trains to the end, with keys of its own after `rewinds` > 0."""
   config_lib.validate(config)
   compilation.use_cache(config.compilation_cache)
   mesh = partitioning.create_mesh(fsdp=config.fsdp)
@@ -103,6 +126,8 @@ def train_and_evaluate(config, workdir):
         manager, config, nets, mesh, set_aside=True
       )
       first_step = batches.step_of(data_state)
+    if rewinds:
+      state = state.replace(key=jax.random.fold_in(state.key, rewinds))
     if is_primary:
       _print_overview(config, workdir, state, images, mesh, first_step)
       print("Computed by", "; ".join(implementations), flush=True)
@@ -129,33 +154,50 @@ def train_and_evaluate(config, workdir):
 
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
-    for step, batch in pipeline.prefetch(load, calls):
-      profiler.before_call(state)
-      with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        state, metrics = train_steps(state, batch)
-      if pending:
-        _finish_call(config, progress, writer, *pending)
-      step += config.steps_per_call
-      pending = (step, metrics)
-      # Asked once: a signal may come at any time.
-      stopping = stop.requested(step, config.steps_per_call)
-      if stopping and is_primary:
-        print("Stopping: saving first", flush=True)
-      last = step >= total_steps or stopping
-      if last or _passes(config, step, config.sample_every_kimg):
-        samples.write(step, state)
-      if last or _passes(config, step, config.checkpoint_every_kimg):
-        _check_finite(step, metrics)  # a checkpoint must be worth resuming
-        checkpoint.save(manager, state, batches.state_at(step))
-      if evaluator and _passes(config, step, config.evaluation.every_kimg):
-        _check_finite(step, metrics)
-        _evaluate(
-          evaluator, config, workdir, state, batches.state_at(step), writer
+    try:
+      for step, batch in pipeline.prefetch(load, calls):
+        profiler.before_call(state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+          state, metrics = train_steps(state, batch, step)
+        if pending:
+          _finish_call(config, progress, writer, *pending)
+        step += config.steps_per_call
+        pending = (step, metrics)
+        # Asked once: a signal may come at any time.
+        stopping = stop.requested(step, config.steps_per_call)
+        if stopping and is_primary:
+          print("Stopping: saving first", flush=True)
+        last = step >= total_steps or stopping
+        draws, saves, scores = (
+          _passes(config, step, every)
+          for every in (
+            config.sample_every_kimg,
+            config.checkpoint_every_kimg,
+            config.evaluation.every_kimg if evaluator else math.inf,
+          )
         )
-      if stopping:
-        break
-    if pending:
-      _finish_call(config, progress, writer, *pending, last=True)
+        if last or draws or saves or scores:
+          _check_finite(metrics)  # what is kept must be worth it
+        if last or draws:
+          samples.write(step, state)
+        if last or saves:
+          checkpoint.save(manager, state, batches.state_at(step))
+        if scores:
+          _evaluate(
+            evaluator, config, workdir, state, batches.state_at(step), writer
+          )
+        if stopping:
+          break
+      if pending:
+        _finish_call(config, progress, writer, *pending, last=True)
+    except TrainingDivergedError as error:
+      # The calls that were on their way since left the state as it was.
+      _keep_nonfinite(workdir, state, batches)
+      raise TrainingDivergedError(
+        f"{error} at step {int(state.step)}, which was not taken: all "
+        "checkpoints are from before it. Lower the learning rates; "
+        f"--mode=replay --workdir={workdir} tells where it came from"
+      ) from error
   if is_primary:
     if int(state.step) < total_steps:
       print("Stopped. The same command goes on from here.")
@@ -221,13 +263,18 @@ def _passes(config, step, every_kimg):
 
 def _finish_call(config, progress, writer, step, metrics, last=False):
   """Checks one call's metrics; logs them where it is time to."""
-  metrics = _check_finite(step, metrics)
+  metrics = _check_finite(metrics)
+  if skipped := int(metrics.get("steps/skipped", 0)):
+    files.tell(
+      f"Skipped {skipped} of the {config.steps_per_call} steps before step "
+      f"{step}: a number was not finite"
+    )
   if last or _passes(config, step, config.log_every_kimg):
     metrics |= progress.report(step, metrics)
     writer.write(step, metrics)
 
 
-def _check_finite(step, metrics):
+def _check_finite(metrics):
   """Returns the metrics as floats.
 
   Raises:
@@ -236,11 +283,14 @@ def _check_finite(step, metrics):
   metrics = {key: float(value) for key, value in metrics.items()}
   for key, value in metrics.items():
     if not np.isfinite(value):
-      raise TrainingDivergedError(
-        f"{key} is {value} before step {step}. Lower the learning rates, or "
-        "look at the last scalars; all checkpoints are from before this"
-      )
+      raise TrainingDivergedError(f"{key} is {value}")
   return metrics
+
+
+def _keep_nonfinite(workdir, state, batches):
+  """Keeps the state before a step that was not taken, and its data's place."""
+  with checkpoint.create_manager(replay.folder(workdir), keep=1) as manager:
+    checkpoint.save(manager, state, batches.state_at(int(state.step)))
 
 
 def _print_overview(config, workdir, state, images, mesh, first_step):
