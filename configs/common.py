@@ -41,6 +41,8 @@ def get_config():
   # left, top, right, bottom; () is the largest centred square
   config.data.crop = ()
   config.data.num_classes = 0  # of the labels that the networks get; 0 is none
+  # Images, spread over all, that are not trained on: for the measures of D
+  config.data.held_out = 0
   config.data.flip = True  # mirror real images at random
   config.data.data_dir = ""  # where datasets live; "" is TFDS's own folder
 
@@ -110,9 +112,9 @@ def get_config():
   config.evaluation.num_samples = 10_000
   config.evaluation.every_kimg = 0.0  # scores in the training run; 0 is never
 
-  # After a step that leaves a number that is not finite, which is never taken:
-  # "stop", and keep what --mode=replay needs; "skip" it; or "rewind" to the last
-  # checkpoint, and go on from there with other random numbers
+  # What follows a step that leaves a number that is not finite, and which is
+  # never taken: "stop", and keep what --mode=replay needs; "skip", on with the
+  # next one; "rewind", on from the last checkpoint with other random numbers
   config.on_nonfinite = "stop"
 
   config.log_every_kimg = 50.0

@@ -322,6 +322,9 @@ def test_what_networks_do_not_show_is_left_out(tokens, shape):
     "auc/clean": pytest.approx(0.5),
     "auc/augmented": pytest.approx(0.5),
     "diversity/std_over_latents": pytest.approx(np.std([0, 0.25, 0.5, 0.75])),
+    "diversity/std_over_images": pytest.approx(
+      np.mean(np.std(IMAGES / 127.5, axis=0)), rel=1e-5
+    ),
     "diversity/std_of_mean_image": pytest.approx(0.0),
   }
   assert shown.growth == {}

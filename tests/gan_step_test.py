@@ -920,15 +920,17 @@ def test_samples_are_drawn_from_the_moving_average(tmp_path):
       grids.append(images["samples"])
 
   writer = monitor.SampleWriter(
-    config, tmp_path, options["nets"], options["mesh"], IMAGES, Writer()
+    config, tmp_path, options["nets"], options["mesh"], IMAGES, None, Writer()
   )
+  metrics = {"gradients/d": 1.0, "gradients/g": 1.0}
   zeros = jax.tree.map(jnp.zeros_like, state.g_params)
   for g_params, g_ema_params in (
     (state.g_params, state.g_params),
     (zeros, state.g_params),
     (state.g_params, zeros),
   ):
-    writer.write(0, state.replace(g_params=g_params, g_ema_params=g_ema_params))
+    state = state.replace(g_params=g_params, g_ema_params=g_ema_params)
+    writer.write(0, state, metrics)
   both, averaged, raw = grids
   np.testing.assert_array_equal(averaged, both)
   assert np.std(raw) == 0.0 and np.std(averaged) > 0.0

@@ -316,6 +316,21 @@ def test_epochs_and_seeds_have_their_own_orders():
   assert len(orders) == 9
 
 
+@pytest.mark.parametrize("held_out", [1, 5, 10])
+def test_images_held_out_are_never_drawn_and_all_others_are(held_out):
+  images = np.arange(30)
+  held = pipeline.held_out_indices(30, held_out)
+  assert len(set(held.tolist())) == held_out
+  assert held.tolist() == sorted(held) and set(held) <= set(range(30))
+  # They are spread over the classes, which a folder has one after the other.
+  assert len(set(held // 6)) == min(held_out, 5)
+  stream = pipeline.ShuffledBatches(images, 5, seed=3, held_out=held_out)
+  num_epochs, count = 5, 30 - held_out
+  drawn = np.concatenate([stream.indices(i) for i in range(count)])
+  for epoch in drawn.reshape(num_epochs, count):
+    assert sorted(epoch) == sorted(set(range(30)) - set(held.tolist()))
+
+
 def test_order_is_pinned():
   # A change of it breaks runs that go on: say so in the changelog.
   indices = pipeline.ShuffledBatches(numbered(10), 10, 0).indices(1)

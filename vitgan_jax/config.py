@@ -43,6 +43,7 @@ _LATER = {
   "d_optimizer.freeze": "",
   "wandb": "",
   "on_nonfinite": "stop",
+  "data.held_out": 0,
 }
 
 _CHOICES = {
@@ -79,6 +80,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
   "seed",
   "data.num_classes",
+  "data.held_out",
   "loss.bcr_weight",
   "loss.gradient_penalty_every",
   "loss.lecam_from_step",

@@ -54,7 +54,8 @@ def make_diagnostics(config, nets, mesh):
     them, augmented. With 64 of each they are within 0.1, 19 times of 20.
   diversity/std_over_latents: standard deviation of the averaged generator's
     images over latents, the mean over pixels. It falls to 0 where all latents
-    give one image; diversity/std_of_mean_image is there to compare.
+    give one image; diversity/std_over_images, the same of the images, and
+    diversity/std_of_mean_image are there to compare.
   """
   generator, discriminator = map(networks.plain, nets[:2])
 
@@ -82,6 +83,7 @@ def make_diagnostics(config, nets, mesh):
         discriminate(augment(keys_of(1, raw_images), raw_images)),
       ),
       "diversity/std_over_latents": jnp.mean(jnp.std(fake_images, axis=0)),
+      "diversity/std_over_images": jnp.mean(jnp.std(images, axis=0)),
       "diversity/std_of_mean_image": jnp.std(jnp.mean(fake_images, axis=0)),
     }
     for prefix, shown in (("", collections), ("g_", g_collections)):

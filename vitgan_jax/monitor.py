@@ -14,6 +14,7 @@ from vitgan_jax import files, pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
 from vitgan_jax.events import EventWriter, WandbWriter
+from vitgan_jax.watchdog import Watchdog
 
 _FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
 _NUM_PROFILED_CALLS = 3
@@ -174,7 +175,7 @@ class SampleWriter:
   With classes each has a row of the grid; see `sample.grid_classes`.
   """
 
-  def __init__(self, config, workdir, nets, mesh, images, writer):
+  def __init__(self, config, workdir, nets, mesh, images, labels, writer):
     """Compiles nothing yet.
 
     Args:
@@ -182,7 +183,8 @@ class SampleWriter:
       workdir: its folder.
       nets: its Networks.
       mesh: the devices to sample on.
-      images: PreparedImages, of which the first are looked at.
+      images: uint8 [N, S, S, 3], real ones that are looked at.
+      labels: [N], their classes, or None without.
       writer: a MetricWriter.
     """
     self.latest = epath.Path(workdir) / "grid.png"
@@ -194,17 +196,24 @@ class SampleWriter:
       nets.generator, np.arange(self._count), self._classes
     )
     self._diagnostics = make_diagnostics(config, nets, mesh)
-    self._real_images = images[:64]
-    self._labels = images.labels()[:64] if config.data.num_classes else None
+    self._watchdog = Watchdog()
+    self._real_images = images
+    self._labels = labels
     self._latents = jax.random.normal(
-      jax.random.key(SAMPLE_SEED), (64, nets.generator.latent_dim)
+      jax.random.key(SAMPLE_SEED), (len(images), nets.generator.latent_dim)
     )
     self._writer = writer
 
-  def write(self, step, state):
+  def write(self, step, state, metrics):
     """Writes samples/<step>.png, grid.png, and the same to TensorBoard.
 
-    TensorBoard gets pictures of what the discriminator does as well.
+    TensorBoard gets pictures of what the discriminator does as well, and the
+    watchdog what is measured.
+
+    Args:
+      step: of the training.
+      state: GANState.
+      metrics: of the last call of the training, floats.
     """
     # All processes take part in drawing; one writes.
     batches = sample_lib.sample_images(
@@ -231,4 +240,5 @@ class SampleWriter:
     drawn = visualize.discriminator_pictures(self._real_images, shown)
     drawn["samples"] = grid
     scalars = {key: float(value) for key, value in scalars.items()}
+    scalars |= self._watchdog.judge(step, {**metrics, **scalars})
     self._writer.write(step, scalars, drawn)

@@ -50,7 +50,10 @@ def replay(workdir):
     state, data_state = checkpoint.restore_last(manager, config, nets, mesh)
   images = pipeline.load_images(config.data)
   batches = pipeline.ShuffledBatches(
-    images, config_lib.images_per_step(config), config.seed
+    images,
+    config_lib.images_per_step(config),
+    config.seed,
+    held_out=config.data.held_out,
   )
   step = batches.step_of(data_state)
   print(f"Replaying step {step} of {workdir}", flush=True)

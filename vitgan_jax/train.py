@@ -30,6 +30,7 @@ from vitgan_jax.monitor import (
   SampleWriter,
 )
 
+_NUM_LOOKED_AT = 64
 _MAX_REWINDS = 5  # of one process: numbers that go bad more often are no chance
 
 
@@ -92,12 +93,17 @@ def _train(config, workdir, rewinds):
   with processes.raise_together():  # each host prepares its own copy
     images = pipeline.load_images(config.data)
   labels = images.labels() if config.data.num_classes else None
-  if len(images) < config.batch_size:
+  if len(images) - config.data.held_out < config.batch_size:
     raise config_lib.ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
       f"{config.data.split!r}, fewer than config.batch_size="
-      f"{config.batch_size}: give more images or a smaller batch"
+      f"{config.batch_size} and config.data.held_out={config.data.held_out}: "
+      "give more images or a smaller batch"
     )
+  # What is looked at; without images that are held out, of those trained on.
+  looked_at = slice(_NUM_LOOKED_AT)
+  if config.data.held_out:
+    looked_at = pipeline.held_out_indices(len(images), config.data.held_out)
   network = _feature_network(config, images)
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
@@ -112,6 +118,7 @@ def _train(config, workdir, rewinds):
     config.seed,
     jax.process_index(),
     jax.process_count(),
+    config.data.held_out,
   )
   is_primary = processes.is_primary()
   with contextlib.ExitStack() as stack:
@@ -135,7 +142,15 @@ def _train(config, workdir, rewinds):
         print(taken, flush=True)
     writer = stack.enter_context(MetricWriter(workdir, config))
     profiler = stack.enter_context(Profiler(config, workdir))
-    samples = SampleWriter(config, workdir, nets, mesh, images, writer)
+    samples = SampleWriter(
+      config,
+      workdir,
+      nets,
+      mesh,
+      images[looked_at],
+      None if labels is None else labels[looked_at],
+      writer,
+    )
     evaluator = network and evaluate.Evaluator(
       nets, images, mesh, network, config.evaluation.num_samples, seed=0
     )
@@ -177,9 +192,9 @@ def _train(config, workdir, rewinds):
           )
         )
         if last or draws or saves or scores:
-          _check_finite(metrics)  # what is kept must be worth it
+          metrics = _check_finite(metrics)  # what is kept must be worth it
         if last or draws:
-          samples.write(step, state)
+          samples.write(step, state, metrics)
         if last or saves:
           checkpoint.save(manager, state, batches.state_at(step))
         if scores:

@@ -143,6 +143,14 @@ class _Shard:
     self.map.madvise(mmap.MADV_WILLNEED, page, start + self._image_bytes - page)
 
 
+def held_out_indices(num_images, count):
+  """Returns the indices [count] of images that are not trained on.
+
+  They are spread over all: a folder's images come class after class.
+  """
+  return np.linspace(0, num_images - 1, count).astype(np.int64)
+
+
 class ShuffledBatches:
   """An endless stream of shuffled batches; batch t is a function of t.
 
@@ -152,7 +160,13 @@ class ShuffledBatches:
   """
 
   def __init__(
-    self, images, batch_size, seed, process_index=0, process_count=1
+    self,
+    images,
+    batch_size,
+    seed,
+    process_index=0,
+    process_count=1,
+    held_out=0,
   ):
     """Makes the stream.
 
@@ -162,8 +176,12 @@ class ShuffledBatches:
       seed: of the permutations.
       process_index: which part of each batch this process reads.
       process_count: number of parts, equal where it divides B.
+      held_out: how many images it leaves out, those of `held_out_indices`.
     """
     self._images = images
+    self._used = np.delete(
+      np.arange(len(images)), held_out_indices(len(images), held_out)
+    )
     self._batch_size = batch_size
     self._seed = seed
     self._part = slice(
@@ -171,15 +189,13 @@ class ShuffledBatches:
       (process_index + 1) * batch_size // process_count,
     )
     self._permutation = functools.lru_cache(2)(
-      lambda epoch: np.random.default_rng((seed, epoch)).permutation(
-        len(images)
-      )
+      lambda epoch: np.random.default_rng((seed, epoch)).permutation(self._used)
     )
 
   def indices(self, step):
     """Returns the indices [B / process_count] of this process's images."""
     positions = step * self._batch_size + np.arange(self._batch_size)
-    epochs, offsets = np.divmod(positions[self._part], len(self._images))
+    epochs, offsets = np.divmod(positions[self._part], len(self._used))
     return np.concatenate(
       [
         self._permutation(epoch)[offsets[epochs == epoch]]
