@@ -2,7 +2,7 @@
 # What the launchers do on a machine that trains; not for use by hand.
 #
 #   host.sh install tpu|cuda  makes .venv, with Python 3.11 and this package
-#   host.sh run COMMAND...    runs it; its exit code, or 143 if it was stopped
+#   host.sh run COMMAND...    runs it; its exit code, 143 if it was stopped
 #   host.sh forward COMMAND...  the same where a signal comes to this alone
 #   host.sh start COMMAND...  runs it in the background, once at a time
 #   host.sh status            running, stopped, exit CODE, or new
@@ -28,25 +28,21 @@ install() {
   printf %s "$wanted" >.venv/installed-here
 }
 
-# A run that SIGTERM has stopped ends with 0, as a finished one does. What
-# restarts runs must tell them apart: hence 143.
+# SIGTERM has the run save and end; this waits for it.
 run() {
-  local forward=$1 child code stopped=false
+  local forward=$1 child code
   shift
   "$@" &
   child=$!
   [[ ! -d $STATE ]] || echo "$child" >"$STATE/pid"
   # Where the run gets the signal as well, a second one would cut its saving.
   # shellcheck disable=SC2064
-  trap "stopped=true; ! $forward || kill -TERM $child 2>/dev/null || true" TERM
+  trap "! $forward || kill -TERM $child 2>/dev/null || true" TERM
   while true; do
     code=0
     wait "$child" || code=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  if $stopped && [[ $code -eq 0 ]]; then
-    code=143
-  fi
   return "$code"
 }
 

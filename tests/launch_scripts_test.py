@@ -471,8 +471,8 @@ class Host:
     raise AssertionError(f"{self('status')}, not {status}")
 
 
-# Ends with 0 upon SIGTERM, as a run that has saved.
-_RUN = """trap 'echo saved; exit 0' TERM; echo started $1
+# Ends upon SIGTERM as a run that has saved.
+_RUN = """trap 'echo saved; exit 143' TERM; echo started $1
 while true; do sleep 0.05; done"""
 
 

@@ -177,7 +177,7 @@ def test_command_trains_until_it_is_interrupted_and_its_run_goes_on(tmp_path):
         process.send_signal(signal.SIGINT)
         break
     output, errors = process.communicate(timeout=300)
-  assert process.returncode == 0, errors
+  assert process.returncode == cli.EXIT_STOPPED, errors
   assert "Traceback" not in errors
   assert output.endswith("Stopped. The same command goes on from here.\n")
   workdir = tmp_path / "runs" / "digits-smoke"  # by default

@@ -6,8 +6,8 @@ import pytest
 
 from configs import digits
 from tests import monitor_test, runs
+from vitgan_jax import cli, evaluate, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax import evaluate, processes
 
 DIGITS = f"--config={runs.ROOT}/configs/digits.py:smoke"
 
@@ -64,7 +64,7 @@ def last_step(workdir):
 
 def test_signal_to_one_process_stops_and_saves_all(stopped):
   workdir, ((code, output, errors), (other_code, other_output, _)) = stopped
-  assert code == other_code == 0, errors
+  assert code == other_code == cli.EXIT_STOPPED, errors
   assert "Stopping: saving first" in output
   assert output.endswith("Stopped. The same command goes on from here.\n")
   # The first one speaks for all.

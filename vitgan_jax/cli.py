@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -22,6 +23,8 @@ flags.disclaim_key_flags()
 EXIT_FAILED = 1
 # Bad input, or a run that diverged: 78. The same command would end so again.
 EXIT_FINAL = os.EX_CONFIG
+# A run that a signal stopped before its end, and that has saved: 143.
+EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 def run(main):

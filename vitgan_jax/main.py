@@ -30,12 +30,13 @@ of a run with classes, those of some:
 """
 
 import os
+import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import MACHINE_FIELDS, ConfigError
+from vitgan_jax.config import MACHINE_FIELDS, ConfigError, total_steps
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."
@@ -165,9 +166,11 @@ def _train():
   from vitgan_jax import train
 
   try:
-    train.train_and_evaluate(_CONFIG.value, _workdir())
+    state = train.train_and_evaluate(_CONFIG.value, _workdir())
   except train.TrainingDivergedError as error:
     cli.fail(error)
+  if int(state.step) < total_steps(_CONFIG.value):
+    sys.exit(cli.EXIT_STOPPED)
 
 
 def _evaluate():

@@ -12,7 +12,7 @@ from etils import epath
 from IPython import display
 from PIL import Image
 
-from vitgan_jax import files, pictures
+from vitgan_jax import cli, files, pictures
 from vitgan_jax.config import ConfigError
 
 _NUM_LINES = 3  # of the command's output, below the grid
@@ -63,5 +63,5 @@ def train(config, workdir, *flags):
           shown = png
       except KeyboardInterrupt:
         process.terminate()  # it saves first
-  if process.returncode:
+  if process.returncode not in (0, cli.EXIT_STOPPED):
     raise ConfigError(lines[-1].removeprefix("error: "))

@@ -1,7 +1,7 @@
 """What was tried of the recipe for 16 px; docs/lab_book.md has the results.
 
 python -m launch.local --config=configs/cifar16.py \
-    --sweep=configs/sweeps/recipe.py --workdir=runs/recipe -- \
+    --sweep=configs/sweeps/recipe.py --workdir=runs/recipe \
     --config.data.dataset=folder --config.data.path=TRAIN.zip \
     --config.total_kimg=400
 """
