@@ -4,6 +4,7 @@ import pathlib
 import pwd
 import subprocess
 import sys
+import time
 
 from etils import epath
 import pytest
@@ -175,3 +176,14 @@ def test_checksums_tell_what_is_not_as_it_was(tmp_path):
   assert files.fault_of(folder) == "a is missing"
   (folder / "checksums.json").write_text("[")
   assert files.fault_of(folder) == "checksums.json is not what was written"
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
+  with files.waiting("counting sheep", seconds=0.05, every=0.1):
+    time.sleep(0.4)
+  lines = capsys.readouterr().err.splitlines()
+  assert 2 <= len(lines) <= 4
+  assert set(lines) == {"Still counting sheep, for 0 s"}
+  with pytest.raises(KeyError), files.waiting("counting sheep"):
+    raise KeyError
+  assert not capsys.readouterr().err

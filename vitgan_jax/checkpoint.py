@@ -62,7 +62,7 @@ def create_manager(workdir, keep=None):
   try:
     yield manager
   finally:
-    with _saving(manager):
+    with _saving(manager), files.waiting("saving the last checkpoint"):
       manager.close()
 
 

@@ -9,6 +9,8 @@ import json
 import os
 import socket
 import sys
+import threading
+import time
 
 from etils import epath
 
@@ -109,6 +111,33 @@ def new_folder(output):
 def tell(line):
   """Prints a line on standard error, once in a process."""
   print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(what, seconds=10.0, every=60.0):
+  """Says on standard error what takes long within the block.
+
+  Args:
+    what: as "compiling the training step".
+    seconds: until the first line.
+    every: from one line to the next.
+  """
+  begin, is_over = time.monotonic(), threading.Event()
+
+  def speak():
+    pause = seconds
+    while not is_over.wait(pause):
+      seen = time.monotonic() - begin
+      print(f"Still {what}, for {seen:.0f} s", file=sys.stderr, flush=True)
+      pause = every
+
+  thread = threading.Thread(target=speak, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    is_over.set()
+    thread.join()
 
 
 @contextlib.contextmanager

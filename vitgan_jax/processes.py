@@ -10,10 +10,12 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from vitgan_jax import files
 from vitgan_jax.config import ConfigError
 
 _MESSAGE_BYTES = 1024
 _CONNECT_SECONDS = 300
+_FOR_OTHERS = "waiting for the other processes"
 
 
 def initialize(
@@ -76,9 +78,10 @@ def initialize(
   alarm.daemon = True
   alarm.start()
   try:
-    jax.distributed.initialize(
-      initialization_timeout=2 * _CONNECT_SECONDS, **flags_of_jax
-    )
+    with files.waiting(_FOR_OTHERS):
+      jax.distributed.initialize(
+        initialization_timeout=2 * _CONNECT_SECONDS, **flags_of_jax
+      )
   except ValueError as error:
     raise ConfigError(
       "--distributed found no cluster (Cloud TPU, GKE, Slurm, MPI) around this "
@@ -127,7 +130,9 @@ def raise_together():
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     encoded = str(error or "").encode()[:_MESSAGE_BYTES]
     message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    for i, other in enumerate(multihost_utils.process_allgather(message)):
+    with files.waiting(_FOR_OTHERS):
+      messages = multihost_utils.process_allgather(message)
+    for i, other in enumerate(messages):
       if error is None and other.any():
         text = other.tobytes().rstrip(b"\0").decode(errors="ignore")
         raise ConfigError(f"process {i}: {text}")

@@ -172,7 +172,12 @@ def _train(config, workdir, rewinds):
     try:
       for step, batch in pipeline.prefetch(load, calls):
         profiler.before_call(state)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        with contextlib.ExitStack() as call:
+          if not pending:
+            call.enter_context(files.waiting("compiling the training step"))
+          call.enter_context(
+            jax.profiler.StepTraceAnnotation("train", step_num=step)
+          )
           state, metrics = train_steps(state, batch, step)
         if pending:
           _finish_call(config, progress, writer, *pending)
@@ -194,9 +199,11 @@ def _train(config, workdir, rewinds):
         if last or draws or saves or scores:
           metrics = _check_finite(metrics)  # what is kept must be worth it
         if last or draws:
-          samples.write(step, state, metrics)
+          with files.waiting("drawing samples"):
+            samples.write(step, state, metrics)
         if last or saves:
-          checkpoint.save(manager, state, batches.state_at(step))
+          with files.waiting("saving a checkpoint"):
+            checkpoint.save(manager, state, batches.state_at(step))
         if scores:
           _evaluate(
             evaluator, config, workdir, state, batches.state_at(step), writer

@@ -134,10 +134,8 @@ def prepare(data):
 def _lock(folder):
   """Waits until no other process prepares in a folder."""
   with open(folder / ".lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"Waiting: another process prepares in {folder}", flush=True)
+    what = f"waiting for another process, which prepares in {folder}"
+    with files.waiting(what):
       fcntl.flock(file, fcntl.LOCK_EX)
     yield  # closing, or the death of the process, gives it back
 

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError
@@ -68,8 +69,14 @@ def _download(path, remedy):
       with (
         urllib.request.urlopen(URL, timeout=15) as response,
         open(partial, "wb") as file,
+        tqdm.wrapattr(
+          response,
+          "read",
+          total=int(response.headers.get("Content-Length", 0)) or None,
+          desc="Inception",
+        ) as progress,
       ):
-        shutil.copyfileobj(response, file)
+        shutil.copyfileobj(progress, file)
       feature_network.verify(partial, SHA256, remedy)
       partial.replace(path)
     finally:

@@ -1,0 +1,25 @@
+"""The paper's table of discriminators: ViTGAN's with one thing changed in each.
+
+python -m launch.local --config=configs/cifar10.py \
+    --sweep=configs/sweeps/discriminator.py
+
+has it in the paper's size, --config=configs/cifar16.py:fast in one that two
+cores carry. R1 has the weight that the paper's plain ViT has.
+"""
+
+RUNS = {
+  "no_augmentation": {"augment.probability": 0.0, "loss.bcr_weight": 0.0},
+  "dot": {"discriminator.attention": "dot", "discriminator.qk_gain": 1.0},
+  "spectral_norm": {"discriminator.spectral_norm": "sn"},
+  "r1": {"discriminator.spectral_norm": "none", "loss.r1_gamma": 10.0},
+  "no_norm": {"discriminator.spectral_norm": "none"},
+  "no_overlap": {"discriminator.overlap": 0},
+  "conv_qkv": {"discriminator.conv_qkv": True},
+  "vitgan": {"discriminator.spectral_norm": "isn"},
+}
+
+
+def sweep(add):
+  """Adds a work unit for each discriminator."""
+  for name, changes in RUNS.items():
+    add(changes, name=name)
