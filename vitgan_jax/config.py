@@ -291,6 +291,7 @@ def load(workdir):
     config = ml_collections.ConfigDict(values)
     missing = _LATER.keys() - flatten(config).keys()
     config.update_from_flattened_dict({x: _LATER[x] for x in missing})
+    networks.with_later_fields(config)
     config.lock()
   except (AttributeError, TypeError, ValueError) as error:
     raise DamagedError(

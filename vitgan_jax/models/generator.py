@@ -97,6 +97,8 @@ class Generator(nn.Module):
     decoder_dim: hidden width of the patch decoder.
     position_scale: see `layers.SineEmbedding.scale`, for the tokens.
     fourier_scale: the same for the pixels of a patch.
+    grey: whether images are grey: the mean of what the decoder draws in its
+      three channels. A trace of colour tells them from images without any.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
     implementation: of `kernels`: "xla", "pallas" or "interpret".
@@ -121,6 +123,7 @@ class Generator(nn.Module):
   decoder_dim: int
   position_scale: float
   fourier_scale: float
+  grey: bool
   remat: bool = False
   implementation: str = "xla"
   dtype: Any = jnp.float32
@@ -209,7 +212,11 @@ class Generator(nn.Module):
       h, _ = attention.unpack(h, grid**2, group)
     norm = norm(name="norm_out").weights(self.width, *conditions[-1])
     y = apply_rows(normalise, h, norm, implementation=self.implementation)
-    return self._decode(y, w_of_layer(w, -1), keys).astype(jnp.float32)
+    images = self._decode(y, w_of_layer(w, -1), keys).astype(jnp.float32)
+    if self.grey:
+      grey = jnp.mean(images, axis=-1, keepdims=True)
+      images = jnp.broadcast_to(grey, images.shape)
+    return images
 
   def _decode(self, embeddings, w, keys):
     if self.patch_decoder == "linear":

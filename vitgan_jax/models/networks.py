@@ -58,6 +58,7 @@ class Kind(NamedTuple):
     tiny: those that `:tiny` changes, for two cores to learn 16 px.
     loss: those of `config.loss` that it cannot do without; who chooses the kind
       by `g=` or `d=` gets them.
+    later: fields that came later, and what stands for them in older runs.
   """
 
   path: str
@@ -65,6 +66,7 @@ class Kind(NamedTuple):
   smoke: dict
   tiny: dict = {}
   loss: dict = {}
+  later: dict = {}
 
   def load(self):
     """Returns the class."""
@@ -102,6 +104,7 @@ GENERATORS = {
       decoder_dim=384,
       position_scale=3.0,
       fourier_scale=3.0,
+      grey=False,  # whether to draw grey images, for data without colour
     ),
     dict(**_SMALL, latent_dim=32, mapping_depth=2, decoder_dim=32),
     dict(
@@ -111,6 +114,7 @@ GENERATORS = {
       decoder_dim=64,
       fourier_scale=2.0,
     ),
+    later=dict(grey=False),
   ),
   "stylegan2": Kind(
     "vitgan_jax.models.stylegan2:Generator",
@@ -255,6 +259,15 @@ def kind_of(network, name):
 def fields_of(network, name):
   """Returns a config's part for a kind of network: its kind and defaults."""
   return {"kind": name, **kind_of(network, name).fields}
+
+
+def with_later_fields(config):
+  """Gives the networks' parts of a run's config the fields that came later."""
+  for network, table in TABLES.items():
+    fields = config.get(network, {})
+    if fields.get("kind") in table:
+      for name, value in table[fields.kind].later.items():
+        fields[name] = fields.get(name, value)
 
 
 def different_fields(config, network):
