@@ -1,5 +1,6 @@
-"""Commands that the documentation gives are those that there are."""
+"""Commands and links of the documentation are to what there is."""
 
+import collections
 import re
 import shlex
 
@@ -21,6 +22,8 @@ _COMMAND = re.compile(
   r"^\s*python -m (vitgan_jax\.main|launch\.local)\b((?:.*\\\n)*.*)",
   re.MULTILINE,
 )
+_LINK = re.compile(r"\]\(\s*(?!https?:)([^)#\s]*)#?([^)\s]*)\)")
+_CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def commands():
@@ -67,3 +70,23 @@ def test_command_is_understood(module, words, monkeypatch):
   code, output, errors = runs.call(module, *words, cwd=runs.ROOT)
   assert code == 0, errors
   assert checked or output.count("vitgan_jax.main") > 1
+
+
+def anchors(page):
+  """Returns the anchors of a page's headings, as GitHub makes them."""
+  times = collections.Counter()
+  found = set()
+  for heading in re.findall(r"^#+ (.*)", _CODE.sub("", page.read_text()), re.M):
+    name = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+    found.add(f"{name}-{times[name]}" if times[name] else name)
+    times[name] += 1
+  return found
+
+
+@pytest.mark.parametrize("name", [x for x in PAGES if x.endswith(".md")])
+def test_links_lead_somewhere(name):
+  page = runs.ROOT / name
+  for path, anchor in _LINK.findall(_CODE.sub("", page.read_text())):
+    target = page.parent / path if path else page
+    assert target.exists(), path
+    assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
