@@ -22,7 +22,7 @@ Other networks have the size of their `:tiny` here: --config=configs/cifar16.py:
 g=biggan,d=biggan. configs/sweeps/systems.py trains all systems.
 """
 
-from configs import common, digits
+from configs import common
 
 
 def get_config(arg=""):
@@ -33,10 +33,13 @@ def get_config(arg=""):
       `common.apply_argument`.
   """
   words = [word for word in arg.split(",") if word]
-  config = digits.get_config()
-  config.data.dataset = "cifar10"
-  config.data.flip = True
-  config.evaluation.num_samples = 10_000
+  config = common.get_config()
+  config.loss.bcr_weight = 1.0
+  config.augment.brightness = 0.2
+  config.augment.saturation = 0.0
+  config.augment.contrast = 0.0
+  config.augment.scaling = 0.0
+  config.augment.cutout = 0.25
   others = ",".join(word for word in words if word != "fast")
   config = common.apply_argument(config, f"tiny,{others}")
   if "fast" in words:
