@@ -63,6 +63,7 @@ setuptools.setup(
     "test": [
       *_EXPORT,
       "gradio>=6.0",
+      "hypothesis>=6.100",
       "imageio-ffmpeg>=0.6",
       "ipykernel>=7.0",
       "libtpu>=0.0.42; sys_platform == 'linux'",

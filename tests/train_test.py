@@ -226,6 +226,20 @@ def test_run_that_goes_on_logs_what_one_that_never_stopped_does(
   assert losses(interrupted[2]) == losses(digits_run)
 
 
+def test_log_is_whole_up_to_a_checkpoint(tmp_path, monkeypatch):
+  save, logged = checkpoint.save, {}
+
+  def save_and_look(manager, state, data_state):
+    records = files.read_records(tmp_path / "run" / "metrics.jsonl")
+    steps = [record["step"] for record in records if "loss/d" in record]
+    logged[int(state.step)] = steps  # what a kill, from here on, leaves
+    save(manager, state, data_state)
+
+  monkeypatch.setattr(checkpoint, "save", save_and_look)
+  runs.train_quietly(digits.get_config("smoke"), tmp_path / "run")
+  assert logged == {4: [2, 4], 8: [2, 4, 6, 8]}
+
+
 def test_finished_run_is_left_as_it_is(digits_run, tmp_path):
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
   before = runs.snapshot(workdir)

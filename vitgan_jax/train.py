@@ -127,6 +127,16 @@ def train_and_evaluate(config, workdir):
         batch["labels"] = labels[indices]
       return step, partitioning.global_batch(mesh, batch, axis=2)
 
+    if (
+      first_step
+      and evaluator
+      and _passes(config, first_step, config.evaluation.every_kimg)
+    ):
+      # The run may have been killed between this checkpoint and its score.
+      done = evaluate.find_record(workdir, first_step, evaluator.protocol)
+      if not processes.broadcast_from_first(bool(done)):
+        data_state = batches.state_at(first_step)
+        _evaluate(evaluator, config, workdir, state, data_state, writer)
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
     for step, batch in pipeline.prefetch(load, calls):
@@ -145,7 +155,9 @@ def train_and_evaluate(config, workdir):
       if last or _passes(config, step, config.sample_every_kimg):
         samples.write(step, state)
       if last or _passes(config, step, config.checkpoint_every_kimg):
-        _check_finite(step, metrics)  # a checkpoint must be worth resuming
+        # It must be worth resuming, and what goes on from it logs this no more.
+        _finish_call(config, progress, writer, *pending, last)
+        pending = None
         checkpoint.save(manager, state, batches.state_at(step))
       if evaluator and _passes(config, step, config.evaluation.every_kimg):
         _check_finite(step, metrics)
@@ -154,8 +166,6 @@ def train_and_evaluate(config, workdir):
         )
       if stopping:
         break
-    if pending:
-      _finish_call(config, progress, writer, *pending, last=True)
   if is_primary:
     if int(state.step) < total_steps:
       print("Stopped. The same command goes on from here.")
