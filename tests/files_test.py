@@ -64,7 +64,7 @@ def test_torn_line_is_left_out_and_not_written_to(cut, tmp_path, capsys):
   torn = path.read_bytes()[:-cut]  # of the second line, {"a": 2}
   path.write_bytes(torn)
   files.append_record(path, {"a": 3})
-  values = [record["a"] for record in files.read_records(path, "a")]
+  values = [record["a"] for record in files.read_records(path, {"a": int})]
   assert values == ([1, 2, 3] if cut == 1 else [1, 3])
   assert path.read_bytes().startswith(torn)  # nothing is lost
   errors = capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_lines_of_other_content_are_left_out_and_told_of_once(tmp_path, capsys):
   lines = [b'{"a": 1}', b"3", b'{"b": 2}', b"\xff\x00", b'{"a"', b""]
   path.write_bytes(b"\n".join(lines))
   for _ in range(2):
-    assert files.read_records(path, "a") == [{"a": 1}]
+    assert files.read_records(path, {"a": int}) == [{"a": 1}]
   told = capsys.readouterr().err.splitlines()
   assert [line.split()[1] for line in told] == ["2", "3", "4", "5"]
 

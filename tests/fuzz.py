@@ -285,7 +285,7 @@ def make_seeds(folder):
   )
   (partial / "zip").mkdir()
   labels = {"labels": [["a/1.png", 0], ["b/2.png", 1]]}
-  members = {"a/1.png": image, "b/2.png": image, "c/3": image}
+  members = {"a/1.png": image, "b/2.png": image, "c/3": image, "c/4": b"no"}
   datasets.write_zip(partial / "zip" / "plain.zip", members)
   datasets.write_zip(
     partial / "zip" / "odd.zip",
@@ -294,7 +294,7 @@ def make_seeds(folder):
       "/root/x.png": image,
       "a\\b\\1.png": image,
       "x/../../y.png": image,
-      "\0.png": image,
+      "a.png/": image,
       "ü.png": image,
       "a/": b"",
       "dataset.json": json.dumps(labels).encode(),
@@ -398,6 +398,7 @@ def _read_page(folder, contents):
 
 
 def _records(config):
+  config = config.to_json()
   metrics, scores = (
     st.lists(
       st.one_of(
@@ -409,7 +410,11 @@ def _records(config):
   )
   return st.fixed_dictionaries(
     {
-      "config.json": st.just([config.to_json().encode()]),
+      "config.json": st.one_of(
+        st.just([config.encode()]),
+        st.just([config.encode()]),
+        _json([json.loads(config)]).map(lambda x: [x]),
+      ),
       "metrics.jsonl": metrics,
       "scores.jsonl": scores,
     }
@@ -443,13 +448,13 @@ def targets(seeds):
     """Returns a function that reads a copy of a seed with some changes."""
 
     def read_changed(folder, changes):
-      copied = epath.Path(shutil.copytree(seeds / name, folder / name))
+      copied = shutil.copytree(seeds / name, folder / name)
       _write(copied, changes)
       if forged:
         for path in copied.rglob(files.CHECKSUMS):
           others = [x for x in path.parent.rglob("*") if x.is_file()]
           files.write_checksums(path.parent, [x for x in others if x != path])
-      read(copied)
+      read(epath.Path(copied))
 
     return read_changed
 
@@ -634,7 +639,7 @@ class Harness:
   def _read(self):
     self.done.clear()
     self.findings.clear()
-    for line in files.read_records(self._path, "target"):
+    for line in files.read_records(self._path, {"target": str}):
       if line["target"] in self.targets:
         self.done[line["target"]] += line["inputs"]
         self.findings.update(f"{line['target']}: {x}" for x in line["findings"])

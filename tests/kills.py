@@ -172,7 +172,7 @@ def outcome(folder):
 
   workdir = folder / "run"
   log = {}
-  for line in files.read_records(workdir / "metrics.jsonl", "step"):
+  for line in files.read_records(workdir / "metrics.jsonl", files.METRICS):
     line.pop("images_per_sec", None)
     log.setdefault(str(line["step"]), {}).update(line)
   found = {

@@ -268,7 +268,7 @@ def test_run_goes_on_from_what_a_crash_left_whole(digits_run, tmp_path, capsys):
   assert config_lib.load(workdir) == digits_run.config
   assert not config_lib.config_path(workdir).with_suffix(".partial").exists()
   assert (workdir / "config.json.damaged").exists()
-  lines = files.read_records(workdir / "metrics.jsonl", "step")
+  lines = files.read_records(workdir / "metrics.jsonl", files.METRICS)
   assert [x["step"] for x in lines if "loss/d" in x][-2:] == [6, 8]
   errors = capsys.readouterr().err.splitlines()
   told = [x for x in errors if "damaged" in x or "midst of a line" in x]

@@ -160,7 +160,7 @@ class Evaluator:
 def read_records(workdir):
   """Returns the records in scores.jsonl of a workdir, oldest first."""
   path = epath.Path(workdir) / _SCORES
-  return files.read_records(path, "step", "scores", "protocol")
+  return files.read_records(path, files.SCORES)
 
 
 def find_record(workdir, step, protocol):

@@ -35,6 +35,7 @@ from vitgan_jax.config import (
   MAY_CHANGE,
   ConfigError,
   flatten,
+  parse_json,
   without_paths,
 )
 
@@ -89,15 +90,16 @@ def read_run(folder):
   """Returns the Run of a folder, which need not be a workdir."""
   folder = pathlib.Path(folder)
   try:
-    config = flatten(json.loads((folder / "config.json").read_text()))
+    config = parse_json((folder / "config.json").read_text())
   except (OSError, ValueError):
+    config = None
+  if not files.has_form(config, {"total_kimg": files.NUMBER}):
     return Run(folder.name, folder)
-  records = files.read_records(
-    folder / "scores.jsonl", "kimg", "scores", "protocol"
-  )
+  config = flatten(config)
+  records = files.read_records(folder / "scores.jsonl", files.SCORES)
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")
-    for x in files.read_records(folder / "metrics.jsonl", "step")
+    for x in files.read_records(folder / "metrics.jsonl", files.METRICS)
     if "kimg" in x  # others are measured on the samples
   }
   log, minutes, before = [], 0.0, 0.0
@@ -179,10 +181,11 @@ def by_protocol(runs):
   found = collections.defaultdict(lambda: collections.defaultdict(dict))
   for run in runs:
     for record in run.records:
-      key = json.dumps(record["protocol"], sort_keys=True)
+      distance = next(iter(record["scores"]))
+      key = json.dumps([record["protocol"], distance], sort_keys=True)
       found[key][run.name][record["kimg"]] = record
   ordered = sorted(found.items(), key=lambda x: -sum(map(len, x[1].values())))
-  return [(json.loads(key), dict(records)) for key, records in ordered]
+  return [(json.loads(key)[0], dict(records)) for key, records in ordered]
 
 
 def choose(rows, records):
@@ -259,13 +262,14 @@ def table(chosen):
   def cells(row, pairs):
     values = [[r["scores"][name] for _, r in pairs] for name in columns]
     of_class = [r.get("class_agreement") for _, r in pairs]
+    form = {"fake": files.NUMBER}
     found = [f"{row}", f"{len(pairs)}"]
     found.append(f"{np.mean([r['kimg'] for _, r in pairs]):.0f}")
     found.append(f"{np.mean([run.minutes(r['kimg']) for run, r in pairs]):.0f}")
     found.append(_spread(values[0], 1))
     found += [_spread(x, 3) for x in values[1:]]
     if agrees:
-      known = [x["fake"] for x in of_class if x]
+      known = [x["fake"] for x in of_class if files.has_form(x, form)]
       found.append(_spread(known, 3) if known else "")
     return found
 
