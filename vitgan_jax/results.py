@@ -41,6 +41,14 @@ from vitgan_jax.config import (
 
 # What is copied of a workdir.
 _KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "grid.png")
+# Of a line of scores.jsonl, as far as it is on a page.
+_SCORES = files.SCORES | {
+  "kimg": files.NUMBER,
+  "protocol": {
+    **dict.fromkeys(("network", "dataset", "split", "images_sha256"), str),
+    **dict.fromkeys(("num_fake", "num_real", "seed", "image_size"), int),
+  },
+}
 _SAME = 0.01  # kimg, and minutes, that differ by less count as equal
 # Beside the distance, the first of a record.
 _COLUMNS = ("precision", "recall", "density", "coverage")
@@ -96,7 +104,7 @@ def read_run(folder):
   if not files.has_form(config, {"total_kimg": files.NUMBER}):
     return Run(folder.name, folder)
   config = flatten(config)
-  records = files.read_records(folder / "scores.jsonl", files.SCORES)
+  records = files.read_records(folder / "scores.jsonl", _SCORES)
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")
     for x in files.read_records(folder / "metrics.jsonl", files.METRICS)
