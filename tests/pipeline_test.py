@@ -14,6 +14,12 @@ from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
 
+CARD = {
+  **dict.fromkeys(("dataset", "source", "licence", "split", "filter"), "x"),
+  "num_images": 0,
+  "skipped": [],
+}
+
 
 @pytest.fixture(scope="module")
 def prepared_folder(tmp_path_factory):
@@ -99,7 +105,7 @@ def test_memory_stays_bounded_while_reading(tmp_path):
       file.truncate(file.tell() + int(np.prod(shape)))
     shards.append({"file": name, "num_images": shape[0], "sha256": ""})
   (tmp_path / "card.json").write_text(
-    json.dumps({"image_size": 64, "shards": shards})
+    json.dumps(CARD | {"image_size": 64, "shards": shards})
   )
   program = """
 import pathlib, sys
