@@ -9,12 +9,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tools of the launchers, which disagree with our packages: one environment each.
 TOOLS := xmanager xpk sky
 
-.PHONY: help install demo test test-slow lint format constraints clean
+.PHONY: help install demo test test-slow kills fuzz lint format constraints clean
 
 help:
 	@echo "make install    make .venv and install into it"
 	@echo "make demo       train handwritten digits into WORKDIR=$(WORKDIR)"
 	@echo "make test       lint and test; what takes minutes: make test-slow"
+	@echo "make kills      kill training 500 times, and see it come to its end"
+	@echo "make fuzz       give 100,000 damaged or odd inputs to what reads"
 	@echo "make format     let ruff lay the code out"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
@@ -60,6 +62,10 @@ test: lint
 
 test-slow: lint $(TOOLS:%=.venv/tools/%/installed)
 	$(BIN)/python -m pytest -o faulthandler_timeout=1800
+
+# Both go on from what is in runs/.
+kills fuzz: .venv/installed-test
+	$(BIN)/python -m tests.$@
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -41,7 +41,6 @@ setuptools.setup(
     "importlib_resources>=6.0",  # tensorflow-datasets does not declare it
     "jax>=0.7",
     "jaxlib>=0.7",
-    "lmdb>=1.5",  # LSUN
     "matplotlib>=3.9",
     "ml-collections>=1.1",
     "numpy>=2.0",
@@ -63,9 +62,11 @@ setuptools.setup(
     "test": [
       *_EXPORT,
       "gradio>=6.0",
+      "hypothesis>=6.100",
       "imageio-ffmpeg>=0.6",
       "ipykernel>=7.0",
       "libtpu>=0.0.42; sys_platform == 'linux'",
+      "lmdb>=1.5",  # writes those that LSUN's are read as
       "nbclient>=0.10",
       "pytest>=8.3",
       "pytest-xdist>=3.6",

@@ -228,6 +228,43 @@ def test_damaged_lmdb_is_an_error(tmp_path):
     archives.open_archive(tmp_path / "x")
 
 
+@pytest.mark.parametrize("num_values", [0, 1, 400])
+@pytest.mark.parametrize("largest", [0, 500, 9000])
+def test_lmdb_of_any_size_is_read(num_values, largest, tmp_path):
+  rng = np.random.default_rng(0)
+  values = {
+    str(i).encode(): rng.bytes(rng.integers(largest + 1))
+    for i in rng.integers(10**18, size=num_values)
+  }
+  folder = write_lmdb(tmp_path / "x", values)
+  if not values:
+    with pytest.raises(config_lib.ConfigError, match="no images"):
+      archives.open_archive(folder)
+    return
+  archive = archives.open_archive(folder)
+  assert archive.names.tolist() == sorted(values)
+  for i, key in enumerate(sorted(values)):
+    assert archive.read(i) == values[key]
+
+
+def test_lmdb_that_is_cut_off_ends_no_process(tmp_path):
+  values = {b"%03d" % i: bytes(100 * i) for i in range(100)}
+  folder = write_lmdb(tmp_path / "x", values)
+  content = (folder / "data.mdb").read_bytes()
+  lost = 0
+  for size in range(0, len(content), 60_000):
+    (folder / "data.mdb").write_bytes(content[:size])
+    try:
+      archive = archives.open_archive(folder)
+    except config_lib.ConfigError as error:
+      assert "holds no LMDB that opens" in str(error)
+      continue
+    read = [archive.read(i) for i in range(100)]
+    assert all(x in (b"", values[b"%03d" % i]) for i, x in enumerate(read))
+    lost += sum(not x for x in read[1:])
+  assert lost  # where the tree is whole, but not all of its values
+
+
 @pytest.mark.parametrize(
   "names, classes, labels",
   [

@@ -5,7 +5,6 @@ import resource
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,16 +24,7 @@ def mesh_of(num_devices, fsdp=1):
 
 
 def random_state(step, seed=0):
-  """Returns a GANState in which no two leaves are alike, nor as at init."""
-  rng = np.random.default_rng(seed)
-
-  def fill(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.key(rng.integers(2**31))
-    return rng.integers(1, 2**20, leaf.shape).astype(leaf.dtype)
-
-  state = jax.tree.map(fill, SHAPES).replace(step=np.int32(step))
-  return jax.device_put(state, partitioning.replicated(mesh_of(8)))
+  return tiny.random_state(SHAPES, mesh_of(8), step, seed)
 
 
 def small_state(step):

@@ -232,7 +232,9 @@ def test_folder_without_a_readable_config_is_an_error(tmp_path, content):
   assert runs.snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ["", '["cat", "do', '{"cat": 1}', "[1, 2]"])
+@pytest.mark.parametrize(
+  "content", ["", '["cat", "do', '{"cat": 1}', "[1, 2]", "[" * 100_000]
+)
 def test_names_of_classes_that_are_damaged_are_told_of(
   content, tmp_path, capsys
 ):
@@ -244,6 +246,36 @@ def test_names_of_classes_that_are_damaged_are_told_of(
   assert config_lib.class_names(tmp_path) == []
   (line,) = capsys.readouterr().err.splitlines()
   assert "classes.json is damaged" in line
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("d_optimizer", 3),
+    ("generator", [1]),
+    ("generator.kind", ["vitgan"]),
+    ("batch_size", "eight"),
+    ("data.crop", [0, None, 8, 8]),
+    ("loss.bcr_weight", None),
+  ],
+)
+def test_field_of_another_type_is_an_error_of_one_line(tmp_path, field, value):
+  config = tiny.tiny_config()
+  config_lib.claim_workdir(config, tmp_path)
+  values = json.loads((tmp_path / "config.json").read_text())
+  *parents, name = field.split(".")
+  inner = values[parents[0]] if parents else values
+  inner[name] = value
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.load(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_crop_of_no_numbers_is_an_error():
+  config = tiny.tiny_config({"data.crop": ("a", 1, 2, 3)})
+  with pytest.raises(config_lib.ConfigError, match="wrong type or size"):
+    config_lib.validate(config)
 
 
 @pytest.mark.parametrize("workdir", ["file", "file/run"])

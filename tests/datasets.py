@@ -10,7 +10,7 @@ from etils import epath
 import lmdb
 import ml_collections
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import resource
 
@@ -36,6 +36,17 @@ def encode(image, kind="PNG", **options):
   file = io.BytesIO()
   image.save(file, kind, **options)
   return file.getvalue()
+
+
+def swapped_profile(name="mine"):
+  """Returns an ICC profile with the blue of sRGB as red; 4 letters of name."""
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  profile = profile.replace(
+    "sRGB".encode("utf-16-be"), name.encode("utf-16-be")
+  )
+  for old, new in [(b"rXYZ", b"-XYZ"), (b"bXYZ", b"rXYZ"), (b"-XYZ", b"bXYZ")]:
+    profile = profile.replace(old, new)
+  return profile
 
 
 def write_folder(path, files):

@@ -3,10 +3,10 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, PngImagePlugin
 import pytest
 
-from tests.datasets import encode, noise
+from tests.datasets import encode, noise, swapped_profile
 from vitgan_jax.data import decode
 
 
@@ -116,17 +116,6 @@ def test_transparent_colour_of_sixteen_bits_becomes_white():
   transparent = (b"tRNS", struct.pack(">HHH", 1000, 1000, 1001))
   decoded = as_array(png(2, colours, transparent))
   np.testing.assert_array_equal(decoded[0, :3, 0], [0, 255, 117])
-
-
-def swapped_profile(name="mine"):
-  """Returns an ICC profile with the blue of sRGB as red; 4 letters of name."""
-  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-  profile = profile.replace(
-    "sRGB".encode("utf-16-be"), name.encode("utf-16-be")
-  )
-  for old, new in [(b"rXYZ", b"-XYZ"), (b"bXYZ", b"rXYZ"), (b"-XYZ", b"bXYZ")]:
-    profile = profile.replace(old, new)
-  return profile
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -354,6 +354,13 @@ def test_training_scores_itself(tmp_path, evaluated):
   ]
   assert [x["step"] for x in logged if "fd_tiny1k" in x] == [4, 8]
   assert (run.workdir / "best" / "config.json").exists()
+  # As a kill between a checkpoint and its score leaves it.
+  path = run.workdir / "scores.jsonl"
+  whole = path.read_text()
+  path.write_text(whole.splitlines(keepends=True)[0])
+  for _ in range(2):  # but once
+    runs.train_quietly(config, run.workdir)
+    assert path.read_text() == whole
 
 
 @pytest.mark.slow

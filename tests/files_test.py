@@ -65,7 +65,7 @@ def test_torn_line_is_left_out_and_not_written_to(cut, tmp_path, capsys):
   torn = path.read_bytes()[:-cut]  # of the second line, {"a": 2}
   path.write_bytes(torn)
   files.append_record(path, {"a": 3})
-  values = [record["a"] for record in files.read_records(path, "a")]
+  values = [record["a"] for record in files.read_records(path, {"a": int})]
   assert values == ([1, 2, 3] if cut == 1 else [1, 3])
   assert path.read_bytes().startswith(torn)  # nothing is lost
   errors = capsys.readouterr().err
@@ -78,9 +78,35 @@ def test_lines_of_other_content_are_left_out_and_told_of_once(tmp_path, capsys):
   lines = [b'{"a": 1}', b"3", b'{"b": 2}', b"\xff\x00", b'{"a"', b""]
   path.write_bytes(b"\n".join(lines))
   for _ in range(2):
-    assert files.read_records(path, "a") == [{"a": 1}]
+    assert files.read_records(path, {"a": int}) == [{"a": 1}]
   told = capsys.readouterr().err.splitlines()
   assert [line.split()[1] for line in told] == ["2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+  "value, form, expected",
+  [
+    (3, int, True),
+    ("3", files.NUMBER, False),
+    ([1, 2.0], [files.NUMBER], True),
+    ([1, "2"], [files.NUMBER], False),
+    ({"a": 1, "b": "x"}, {"a": int}, True),
+    ({"b": 1}, {"a": int}, False),
+    ({"a": {"b": 1}}, {"a": {"b": str}}, False),
+    ({"a": "x", "b": 1}, {"a": str, ...: int}, True),
+    ({"a": "x", "b": "y"}, {"a": str, ...: int}, False),
+    ({"a": "x"}, {"a": str, ...: int}, False),  # others are to be there
+    ([], {...: int}, False),
+  ],
+)
+def test_form_of_a_value_is_seen(value, form, expected):
+  assert files.has_form(value, form) == expected
+
+
+def test_line_without_an_end_of_its_depth_is_left_out(tmp_path):
+  path = tmp_path / "log.jsonl"
+  path.write_text("[" * 100_000 + '\n{"a": 1}\n')
+  assert files.read_records(path) == [{"a": 1}]
 
 
 def test_whole_file_is_only_added_to(tmp_path, capsys):

@@ -3,7 +3,6 @@ import hashlib
 import http.server
 import importlib
 import pathlib
-import pickle
 import threading
 from unittest import mock
 
@@ -193,8 +192,21 @@ def test_files_that_name_other_functions_are_refused(legacy, tmp_path):
   path = tmp_path / "weights.pth"
   value = {"path": pathlib.PurePosixPath("x")}
   torch.save(value, path, _use_new_zipfile_serialization=not legacy)
-  with pytest.raises(pickle.UnpicklingError, match="PurePosixPath"):
+  with pytest.raises(ConfigError, match="PurePosixPath"):
     torch_files.read_state_dict(path)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_damaged_files_are_errors_of_one_line(legacy, tmp_path):
+  path = tmp_path / "weights.pth"
+  tensors = {"a": torch.ones(3)}
+  torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+  content = path.read_bytes()
+  for size in range(0, len(content), 7):
+    path.write_bytes(content[:size])
+    with pytest.raises(ConfigError, match="holds no weights") as error:
+      torch_files.read_state_dict(path)
+    assert "\n" not in str(error.value)
 
 
 def assert_helpful(error):

@@ -14,6 +14,12 @@ from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
 
+CARD = {
+  **dict.fromkeys(("dataset", "source", "licence", "split", "filter"), "x"),
+  "num_images": 0,
+  "skipped": [],
+}
+
 
 @pytest.fixture(scope="module")
 def prepared_folder(tmp_path_factory):
@@ -99,7 +105,7 @@ def test_memory_stays_bounded_while_reading(tmp_path):
       file.truncate(file.tell() + int(np.prod(shape)))
     shards.append({"file": name, "num_images": shape[0], "sha256": ""})
   (tmp_path / "card.json").write_text(
-    json.dumps({"image_size": 64, "shards": shards})
+    json.dumps(CARD | {"image_size": 64, "shards": shards})
   )
   program = """
 import pathlib, sys
@@ -138,7 +144,9 @@ def test_file_that_is_missing_or_cut_short_is_an_error(
       pipeline.PreparedImages(path)
 
 
-@pytest.mark.parametrize("content", ["", "{", None])
+@pytest.mark.parametrize(
+  "content", ["", "{", "3", "[" * 100_000, '{"shards": []}', None]
+)
 def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
   path = tmp_path / "x"
   datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
@@ -146,6 +154,26 @@ def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
     (path / "card.json").unlink()
   else:
     (path / "card.json").write_text(content)
+  with pytest.raises(config_lib.ConfigError, match=r"card\.json is damaged"):
+    pipeline.PreparedImages(path)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    {"image_size": "8"},
+    {"shards": 3},
+    {"shards": [{"file": "images-00000.npy", "num_images": 5}]},
+    {"skipped": None},
+    {"classes": [1]},
+  ],
+)
+def test_card_of_another_form_is_an_error(prepared_folder, tmp_path, damage):
+  path = datasets.write_folder(
+    tmp_path / "x", datasets.read_card_folder(prepared_folder)
+  )
+  card = json.loads((path / "card.json").read_text())
+  (path / "card.json").write_text(json.dumps(card | damage))
   with pytest.raises(config_lib.ConfigError, match=r"card\.json is damaged"):
     pipeline.PreparedImages(path)
 
@@ -158,7 +186,9 @@ def test_damaged_labels_are_an_error(prepared_folder, tmp_path):
   images.card["classes"] = ["a"]
   labels = path / "labels.npy"
   np.save(labels, np.zeros(len(images) - 1))
-  for content in (labels.read_bytes(), b"", b"text"):
+  # A header that ends in the midst makes NumPy raise what Python's parser does.
+  torn = labels.read_bytes().replace(b"}", b" ", 1)
+  for content in (labels.read_bytes(), b"", b"text", torn):
     labels.write_bytes(content)
     with pytest.raises(config_lib.ConfigError, match=r"labels\.npy is damaged"):
       images.labels()

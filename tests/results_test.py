@@ -43,6 +43,7 @@ def make(
   write(folder / "metrics.jsonl", log)
   records = [
     {
+      "step": round(kimg),
       "kimg": kimg,
       "scores": {
         "fd_efficientnet5k": distance,
@@ -250,3 +251,23 @@ def test_the_command_shows_a_whole_sweep(tmp_path):
   assert code == 0, errors
   assert "- `transgan`: not started" in output and "Published" in output
   assert (tmp_path / "out" / "README.md").read_text() in output + "\n"
+
+
+def test_records_of_another_form_are_left_out(tmp_path):
+  make(tmp_path / "run", {100: 50.0, 200: 40.0})
+  expected = results.read_run(tmp_path / "run")
+  good = json.loads(
+    (tmp_path / "run" / "scores.jsonl").read_text().split("\n")[0]
+  )
+  with open(tmp_path / "run" / "scores.jsonl", "a") as file:
+    for damage in (
+      {"kimg": "100"},
+      {"scores": {}},
+      {"scores": {"fd_efficientnet5k": None}},
+      {"protocol": 3},
+      {"protocol": good["protocol"] | {"num_fake": "many"}},
+    ):
+      file.write(json.dumps(good | damage) + "\n")
+  with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    file.write('{"step": 9, "kimg": [], "images_per_sec": {}}\n')
+  assert results.read_run(tmp_path / "run") == expected

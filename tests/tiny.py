@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from configs import common
+from vitgan_jax import partitioning
 
 NO_AUGMENTATION = {
   f"augment.{name}": 0.0
@@ -42,6 +43,26 @@ def random_images(config, *leading, seed=0):
   size = config.data.image_size
   shape = (*leading, config.batch_size, size, size, 3)
   return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def random_state(shapes, mesh, step, seed=0):
+  """Returns a GANState in which no two leaves are alike, nor as at init.
+
+  Args:
+    shapes: that of `jax.eval_shape`.
+    mesh: of the devices that have a copy each.
+    step: its own.
+    seed: of the rest.
+  """
+  rng = np.random.default_rng(seed)
+
+  def fill(leaf):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key(rng.integers(2**31))
+    return rng.integers(1, 2**20, leaf.shape).astype(leaf.dtype)
+
+  state = jax.tree.map(fill, shapes).replace(step=np.int32(step))
+  return jax.device_put(state, partitioning.replicated(mesh))
 
 
 def leaves_by_name(tree):

@@ -227,6 +227,20 @@ def test_run_that_goes_on_logs_what_one_that_never_stopped_does(
   assert losses(interrupted[2]) == losses(digits_run)
 
 
+def test_log_is_whole_up_to_a_checkpoint(tmp_path, monkeypatch):
+  save, logged = checkpoint.save, {}
+
+  def save_and_look(manager, state, data_state):
+    records = files.read_records(tmp_path / "run" / "metrics.jsonl")
+    steps = [record["step"] for record in records if "loss/d" in record]
+    logged[int(state.step)] = steps  # what a kill, from here on, leaves
+    save(manager, state, data_state)
+
+  monkeypatch.setattr(checkpoint, "save", save_and_look)
+  runs.train_quietly(digits.get_config("smoke"), tmp_path / "run")
+  assert logged == {4: [2, 4], 8: [2, 4, 6, 8]}
+
+
 def test_finished_run_is_left_as_it_is(digits_run, tmp_path):
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
   before = runs.snapshot(workdir)
@@ -255,7 +269,7 @@ def test_run_goes_on_from_what_a_crash_left_whole(digits_run, tmp_path, capsys):
   assert config_lib.load(workdir) == digits_run.config
   assert not config_lib.config_path(workdir).with_suffix(".partial").exists()
   assert (workdir / "config.json.damaged").exists()
-  lines = files.read_records(workdir / "metrics.jsonl", "step")
+  lines = files.read_records(workdir / "metrics.jsonl", files.METRICS)
   assert [x["step"] for x in lines if "loss/d" in x][-2:] == [6, 8]
   errors = capsys.readouterr().err.splitlines()
   told = [x for x in errors if "damaged" in x or "midst of a line" in x]

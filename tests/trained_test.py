@@ -136,6 +136,11 @@ def other_network(folder):
   (folder / "checksums.json").write_text("{}")
 
 
+def other_format(folder):
+  (folder / trained.WEIGHTS).write_bytes(b"weights")
+  files.write_checksums(folder, [folder / trained.WEIGHTS])
+
+
 def flip(folder):
   data = bytearray((folder / trained.WEIGHTS).read_bytes())
   data[-100] ^= 1
@@ -167,6 +172,7 @@ def flip(folder):
       "neither checkpoints nor generator.safetensors",
     ),
     (other_network, ConfigError, "of different networks"),
+    (other_format, DamagedError, "holds no generator"),
   ],
 )
 def test_what_is_damaged_is_told_in_one_line(

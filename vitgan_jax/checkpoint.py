@@ -11,6 +11,7 @@ import sys
 from typing import Any, NamedTuple
 
 from etils import epath
+import jax
 import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, files, partitioning, processes
@@ -18,9 +19,6 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError, DamagedError, lasting_fault
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
-
-# What Orbax raises for a checkpoint without them that is damaged.
-_UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
 class Run(NamedTuple):
@@ -250,7 +248,9 @@ def restore(manager, config, nets, mesh, step=None):
     with processes.raise_together():
       try:
         return manager.restore(step, args=arguments).state
-      except _UNREADABLE as error:
+      except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # of this machine
+      except Exception as error:  # Orbax and TensorStore raise many kinds
         raise ConfigError(type(error).__name__) from error
   except ConfigError as error:  # Orbax lists both trees, over many lines
     if is_known:
@@ -271,7 +271,7 @@ def restore_data_state(manager, step):
   arguments = ocp.args.Composite(data=ocp.args.JsonRestore())
   try:
     return manager.restore(step, args=arguments).data
-  except _UNREADABLE as error:
+  except Exception as error:
     reason = "the place in the data cannot be read"
     raise _damaged(manager, step, reason) from error
 

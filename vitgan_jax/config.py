@@ -131,6 +131,18 @@ class DamagedError(ConfigError):
   """A file is not what was written."""
 
 
+def parse_json(text, **options):
+  """Returns the value of a text of JSON, str or bytes.
+
+  Raises:
+    ValueError: if it is none, or of lists within lists without end.
+  """
+  try:
+    return json.loads(text, **options)
+  except RecursionError as error:
+    raise ValueError("too deep") from error
+
+
 def lasting_fault(error):
   """Returns why a disk or a path cannot be used, as a full one; else "".
 
@@ -206,6 +218,18 @@ def validate(config):
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
+  try:
+    _validate(config)
+  except ConfigError:
+    raise
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise ConfigError(
+      f"a field of the config is of a wrong type or size: {reason}"
+    ) from error
+
+
+def _validate(config):
   from vitgan_jax.models import networks  # it imports this module
 
   check_fields(
@@ -287,13 +311,13 @@ def load(workdir):
       "folder of a training run as --workdir"
     )
   try:
-    values = json.loads(path.read_text(), object_hook=_with_tuples)
+    values = parse_json(path.read_text(), object_hook=_with_tuples)
     config = ml_collections.ConfigDict(values)
     missing = _LATER.keys() - flatten(config).keys()
     config.update_from_flattened_dict({x: _LATER[x] for x in missing})
     networks.with_later_fields(config)
     config.lock()
-  except (AttributeError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedError(
       f"{path} is damaged: it holds no config. To resume the run, with its own "
       "--config, writes it anew"
@@ -312,9 +336,8 @@ def load(workdir):
     )
   try:
     validate(config)
-  except (AttributeError, ConfigError, TypeError) as error:
-    reason = " ".join(str(error).split())
-    raise ConfigError(f"{path} holds a wrong value: {reason}") from error
+  except ConfigError as error:
+    raise ConfigError(f"{path} holds a wrong value: {error}") from error
   return config
 
 
@@ -356,7 +379,7 @@ def class_names(workdir):
 
   path = _names_path(workdir)
   try:
-    names = json.loads(path.read_text()) if path.exists() else []
+    names = parse_json(path.read_text()) if path.exists() else []
   except ValueError:
     names = None
   if isinstance(names, list) and all(isinstance(x, str) for x in names):

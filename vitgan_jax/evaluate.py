@@ -160,7 +160,15 @@ class Evaluator:
 def read_records(workdir):
   """Returns the records in scores.jsonl of a workdir, oldest first."""
   path = epath.Path(workdir) / _SCORES
-  return files.read_records(path, "step", "scores", "protocol")
+  return files.read_records(path, files.SCORES)
+
+
+def find_record(workdir, step, protocol):
+  """Returns the last record of a step by a protocol; None if there is none."""
+  for record in reversed(read_records(workdir)):
+    if record["step"] == step and record["protocol"] == protocol:
+      return record
+  return None
 
 
 def is_best(workdir, record):
@@ -300,14 +308,10 @@ def evaluate(
           images = _real_images(config, real)
         compute.check_count(network, "real", len(images))
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
-      done = [
-        record
-        for record in read_records(workdir)
-        if record["step"] == step and record["protocol"] == evaluator.protocol
-      ]
+      done = find_record(workdir, step, evaluator.protocol)
       if processes.broadcast_from_first(bool(done)):
         if done:
-          report(done[-1], is_best=False)  # of an earlier evaluation
+          report(done, is_best=False)  # of an earlier evaluation
         continue
       # All processes take part; the first writes.
       fake, first = evaluator.features_of(state.g_ema_variables)

@@ -14,8 +14,12 @@ import time
 
 from etils import epath
 
-from vitgan_jax.config import ConfigError, check_writable
+from vitgan_jax.config import ConfigError, check_writable, parse_json
 
+# Forms of what lines of JSON hold; see `has_form`.
+NUMBER = (int, float)
+METRICS = {"step": NUMBER, ...: NUMBER}  # of metrics.jsonl
+SCORES = {"step": NUMBER, "scores": {...: NUMBER}, "protocol": dict}
 CHECKSUMS = "checksums.json"  # {file: SHA-256} of those beside it
 
 
@@ -62,7 +66,8 @@ def fault_of(folder):
   """Returns what is wrong with the files in checksums.json; None if nothing."""
   name = CHECKSUMS
   try:
-    for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
+    checksums = parse_json((folder / CHECKSUMS).read_text())
+    for name, checksum in checksums.items():
       if sha256(folder / name) != checksum:
         return f"{name} is not what was written"
   except FileNotFoundError:
@@ -157,20 +162,48 @@ def whole(path):
     partial.unlink(missing_ok=True)
 
 
-def read_records(path, *keys):
+def has_form(value, form):
+  """Tells whether a value of JSON is of a form.
+
+  Args:
+    value: what was read.
+    form: a type, or a tuple of types; [form] of a list; or {key: form} of a
+      dict that has these keys, and with the key `...` others, too, of a form.
+  """
+  if isinstance(form, dict):
+    known = form.keys() - {...}
+    return (
+      isinstance(value, dict)
+      and value.keys() >= known
+      and (... not in form or value.keys() > known)
+      and all(
+        has_form(inner, form.get(key, form.get(..., object)))
+        for key, inner in value.items()
+      )
+    )
+  if isinstance(form, list):
+    return isinstance(value, list) and all(has_form(x, form[0]) for x in value)
+  return isinstance(value, form)
+
+
+def read_records(path, form=dict):
   """Returns the records of a file of JSON lines, dicts, oldest first.
 
-  Lines that are no dict with all `keys`, as a crash leaves them, are told of
-  and left out. A file that is not there has none.
+  Lines of another form, as a crash leaves them, are told of and left out. A
+  file that is not there has none.
+
+  Args:
+    path: of the file.
+    form: of a record; see `has_form`.
   """
   path, records = epath.Path(path), []
   lines = path.read_bytes().split(b"\n") if path.exists() else []
   for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(line)
+      record = parse_json(line)
     except ValueError:
       record = None
-    if isinstance(record, dict) and record.keys() >= set(keys):
+    if has_form(record, form):
       records.append(record)
     elif line.strip():
       tell(f"Line {number} of {path} is damaged: it is left out")

@@ -348,7 +348,9 @@ def _finished(output, settings):
     ConfigError: if it was made by other settings.
   """
   finished = {}
-  for record in files.read_records(output / _RECORDS, *_IDENTITY, *settings):
+  for record in files.read_records(
+    output / _RECORDS, dict.fromkeys([*_IDENTITY, *settings], object)
+  ):
     for name, value in settings.items():
       if record[name] != value:
         raise ConfigError(

@@ -35,11 +35,20 @@ from vitgan_jax.config import (
   MAY_CHANGE,
   ConfigError,
   flatten,
+  parse_json,
   without_paths,
 )
 
 # What is copied of a workdir.
 _KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "grid.png")
+# Of a line of scores.jsonl, as far as it is on a page.
+_SCORES = files.SCORES | {
+  "kimg": files.NUMBER,
+  "protocol": {
+    **dict.fromkeys(("network", "dataset", "split", "images_sha256"), str),
+    **dict.fromkeys(("num_fake", "num_real", "seed", "image_size"), int),
+  },
+}
 _SAME = 0.01  # kimg, and minutes, that differ by less count as equal
 # Beside the distance, the first of a record.
 _COLUMNS = ("precision", "recall", "density", "coverage")
@@ -89,15 +98,16 @@ def read_run(folder):
   """Returns the Run of a folder, which need not be a workdir."""
   folder = pathlib.Path(folder)
   try:
-    config = flatten(json.loads((folder / "config.json").read_text()))
+    config = parse_json((folder / "config.json").read_text())
   except (OSError, ValueError):
+    config = None
+  if not files.has_form(config, {"total_kimg": files.NUMBER}):
     return Run(folder.name, folder)
-  records = files.read_records(
-    folder / "scores.jsonl", "kimg", "scores", "protocol"
-  )
+  config = flatten(config)
+  records = files.read_records(folder / "scores.jsonl", _SCORES)
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")
-    for x in files.read_records(folder / "metrics.jsonl", "step")
+    for x in files.read_records(folder / "metrics.jsonl", files.METRICS)
     if "kimg" in x  # others are measured on the samples
   }
   log, minutes, before = [], 0.0, 0.0
@@ -179,10 +189,11 @@ def by_protocol(runs):
   found = collections.defaultdict(lambda: collections.defaultdict(dict))
   for run in runs:
     for record in run.records:
-      key = json.dumps(record["protocol"], sort_keys=True)
+      distance = next(iter(record["scores"]))
+      key = json.dumps([record["protocol"], distance], sort_keys=True)
       found[key][run.name][record["kimg"]] = record
   ordered = sorted(found.items(), key=lambda x: -sum(map(len, x[1].values())))
-  return [(json.loads(key), dict(records)) for key, records in ordered]
+  return [(json.loads(key)[0], dict(records)) for key, records in ordered]
 
 
 def choose(rows, records):
@@ -259,13 +270,14 @@ def table(chosen):
   def cells(row, pairs):
     values = [[r["scores"][name] for _, r in pairs] for name in columns]
     of_class = [r.get("class_agreement") for _, r in pairs]
+    form = {"fake": files.NUMBER}
     found = [f"{row}", f"{len(pairs)}"]
     found.append(f"{np.mean([r['kimg'] for _, r in pairs]):.0f}")
     found.append(f"{np.mean([run.minutes(r['kimg']) for run, r in pairs]):.0f}")
     found.append(_spread(values[0], 1))
     found += [_spread(x, 3) for x in values[1:]]
     if agrees:
-      known = [x["fake"] for x in of_class if x]
+      known = [x["fake"] for x in of_class if files.has_form(x, form)]
       found.append(_spread(known, 3) if known else "")
     return found
 

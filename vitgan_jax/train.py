@@ -167,13 +167,23 @@ def _train(config, workdir, rewinds):
         batch["labels"] = labels[indices]
       return step, partitioning.global_batch(mesh, batch, axis=2)
 
+    if (
+      first_step
+      and evaluator
+      and _passes(config, first_step, config.evaluation.every_kimg)
+    ):
+      # The run may have been killed between this checkpoint and its score.
+      done = evaluate.find_record(workdir, first_step, evaluator.protocol)
+      if not processes.broadcast_from_first(bool(done)):
+        data_state = batches.state_at(first_step)
+        _evaluate(evaluator, config, workdir, state, data_state, writer)
     calls = range(first_step, total_steps, config.steps_per_call)
     pending = None  # metrics of the last call: fetched while the next one runs
     try:
       for step, batch in pipeline.prefetch(load, calls):
         profiler.before_call(state)
         with contextlib.ExitStack() as call:
-          if not pending:
+          if step == first_step:
             call.enter_context(files.waiting("compiling the training step"))
           call.enter_context(
             jax.profiler.StepTraceAnnotation("train", step_num=step)
@@ -197,7 +207,9 @@ def _train(config, workdir, rewinds):
           )
         )
         if last or draws or saves or scores:
-          metrics = _check_finite(metrics)  # what is kept must be worth it
+          # What is kept must be worth it, and to go on from it logs no more.
+          metrics = _finish_call(config, progress, writer, *pending, last)
+          pending = None
         if last or draws:
           with files.waiting("drawing samples"):
             samples.write(step, state, metrics)
@@ -210,8 +222,6 @@ def _train(config, workdir, rewinds):
           )
         if stopping:
           break
-      if pending:
-        _finish_call(config, progress, writer, *pending, last=True)
     except TrainingDivergedError as error:
       # The calls that were on their way since left the state as it was.
       _keep_nonfinite(workdir, state, batches)
@@ -284,7 +294,14 @@ def _passes(config, step, every_kimg):
 
 
 def _finish_call(config, progress, writer, step, metrics, last=False):
-  """Checks one call's metrics; logs them where it is time to."""
+  """Checks one call's metrics; logs them where it is time to.
+
+  Returns:
+    Them, floats.
+
+  Raises:
+    TrainingDivergedError: if one is not finite.
+  """
   metrics = _check_finite(metrics)
   if skipped := int(metrics.get("steps/skipped", 0)):
     files.tell(
@@ -292,8 +309,9 @@ def _finish_call(config, progress, writer, step, metrics, last=False):
       f"{step}: a number was not finite"
     )
   if last or _passes(config, step, config.log_every_kimg):
-    metrics |= progress.report(step, metrics)
-    writer.write(step, metrics)
+    logged = metrics | progress.report(step, metrics)
+    writer.write(step, logged)
+  return metrics
 
 
 def _check_finite(metrics):

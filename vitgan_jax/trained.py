@@ -154,8 +154,13 @@ def _load_export(folder):
   if fault := files.fault_of(folder):
     raise DamagedError(f"{folder} is damaged: {fault}. Export the run again")
   config = config_lib.load(folder)
-  tensors = safetensors.load((folder / WEIGHTS).read_bytes())
-  step = int(tensors.pop("step"))
+  try:
+    tensors = safetensors.load((folder / WEIGHTS).read_bytes())
+    step = int(tensors.pop("step"))
+  except Exception as error:  # safetensors and NumPy raise many kinds
+    raise DamagedError(
+      f"{folder / WEIGHTS} holds no generator. Export the run again"
+    ) from error
   nets = networks.build(config)
   shapes = jax.eval_shape(lambda: create_train_state(config, nets))
   expected = traverse_util.flatten_dict(shapes.g_ema_variables, sep="/")

@@ -61,7 +61,7 @@ def draw_curves(workdir, output=None):
   workdir = epath.Path(workdir)
   images_per_step = config_lib.images_per_step(config_lib.load(workdir))
   curves = collections.defaultdict(dict)
-  for scalars in files.read_records(workdir / "metrics.jsonl", "step"):
+  for scalars in files.read_records(workdir / "metrics.jsonl", files.METRICS):
     kimg = scalars.pop("step") * images_per_step / 1000
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.

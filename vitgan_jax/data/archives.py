@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError
-from vitgan_jax.data import decode
+from vitgan_jax.data import decode, lmdb_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "dataset.json"  # of StyleGAN's dataset tool
@@ -214,8 +215,8 @@ class _Files:
       try:
         with self._open(name) as file:
           labels = json.load(file)["labels"]
-      except (KeyError, TypeError, ValueError):
-        pass  # of another tool
+      except Exception:
+        pass  # of another tool, or damaged
       else:
         others.remove(name)
         return self._listed_classes(name, labels)
@@ -313,13 +314,24 @@ class Folder(_Files):
     return open(os.path.join(self._path, name), "rb")
 
 
-def _open_zip(path):
+@contextlib.contextmanager
+def reading_zip(path):
+  """Raises a ConfigError for what zipfile raises of what is no whole zip."""
   try:
-    return zipfile.ZipFile(path)
-  except zipfile.BadZipFile as error:
+    yield
+  except Exception as error:
+    of_system = isinstance(error, OSError) and error.errno != errno.EINVAL
+    if of_system or isinstance(error, ConfigError):
+      raise
+    reason = " ".join(str(error).split())
     raise ConfigError(
-      f"{path} is neither a folder nor a whole zip file"
+      f"{path} is neither a folder nor a whole zip file ({reason})"
     ) from error
+
+
+def _open_zip(path):
+  with reading_zip(path):
+    return zipfile.ZipFile(path)
 
 
 class Zip(_Files):
@@ -357,23 +369,18 @@ class Lmdb:
 
   def __init__(self, path):
     """Lists the keys of the LMDB."""
-    import lmdb  # late: few need it
-
     try:
-      self._environment = lmdb.open(
-        str(path), readonly=True, lock=False, readahead=False, subdir=True
-      )
-      with self._environment.begin() as transaction:
-        keys = transaction.cursor().iternext(values=False)
-        # Millions of them: as an array they take a third of the memory.
-        self.names = np.array(list(keys), np.bytes_)
-    except lmdb.Error as error:
+      self._file = lmdb_file.LmdbFile(path / "data.mdb")
+    except ValueError as error:
       raise ConfigError(f"{path} holds no LMDB that opens: {error}") from error
+    self.names = self._file.keys
 
   def read(self, index):
     """Returns the bytes of an image."""
-    with self._environment.begin() as transaction:
-      return transaction.get(bytes(self.names[index]))
+    try:
+      return self._file.read(index)
+    except OSError:
+      return b""
 
   def class_labels(self):
     """Returns two Nones: there are no classes."""

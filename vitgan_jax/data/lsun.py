@@ -107,12 +107,8 @@ def _folder_of(data, path):
   name = f"lsun-{archives.fingerprint(path)}"
   folder = data_dir(data) / "downloads" / "extracted" / name
   if not folder.exists():
-    try:
+    with archives.reading_zip(path):
       _extract(path, folder)
-    except zipfile.BadZipFile as error:
-      raise ConfigError(
-        f"{path} is damaged ({error}): download it anew"
-      ) from error
   return folder
 
 

@@ -70,7 +70,7 @@ class PreparedImages:
   def _map(self, shard, shape):
     try:
       images = np.load(self.path / shard["file"], mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy raises many kinds
       raise prepare.damaged(self.path, shard["file"]) from error
     if images.shape != shape or images.dtype != np.uint8:
       raise prepare.damaged(self.path, shard["file"])
@@ -120,7 +120,7 @@ class PreparedImages:
       raise ConfigError(f"dataset {self.card['dataset']} has no class labels")
     try:
       labels = np.load(self.path / "labels.npy")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:
       raise prepare.damaged(self.path, "labels.npy") from error
     if labels.shape != (len(self),):
       raise prepare.damaged(self.path, "labels.npy")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, parse_json
 from vitgan_jax.data import archives, decode, shards, sources
 from vitgan_jax.data.paths import data_dir
 from vitgan_jax.data.source import count
@@ -34,6 +34,14 @@ _MIN_SHARD_IMAGES = 2048
 _MAX_SHARDS = 256
 
 _UNUSED = "unused.json"  # {kind: names}, where there is any
+# Of a card, as far as it is read; see `files.has_form`.
+_CARD = {
+  **dict.fromkeys(("dataset", "source", "licence", "split", "filter"), str),
+  "image_size": int,
+  "num_images": int,
+  "shards": [{"file": str, "num_images": int, "sha256": str}],
+  "skipped": [str],
+}
 
 
 def prepared_path(data):
@@ -84,9 +92,14 @@ def read_card(path):
     ConfigError: if it is damaged.
   """
   try:
-    return json.loads((path / "card.json").read_text())
+    card = parse_json((path / "card.json").read_text())
   except (OSError, ValueError) as error:
     raise damaged(path, "card.json") from error
+  if not files.has_form(card, _CARD) or not files.has_form(
+    card.get("classes", []), [str]
+  ):
+    raise damaged(path, "card.json")
+  return card
 
 
 def damaged(path, file):
@@ -187,7 +200,12 @@ def summary(path):
   card, file = read_card(path), path / _UNUSED
   used, unused = card["num_images"], {"corrupt": card["skipped"]}
   if file.exists():
-    unused = json.loads(file.read_text("utf-8"))
+    try:
+      unused = parse_json(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+      raise damaged(path, _UNUSED) from error
+    if not files.has_form(unused, {...: [str]}):
+      raise damaged(path, _UNUSED)
   else:  # an older version names the corrupt ones in the card alone
     file = path / "card.json"
   if not any(unused.values()):
@@ -207,7 +225,7 @@ def _resume_or_start(partial, plan):
   """Keeps what an earlier run made by the same plan, and nothing else."""
   plan_path = partial / "plan.json"
   try:
-    same = json.loads(plan_path.read_text()) == plan
+    same = parse_json(plan_path.read_text()) == plan
   except (OSError, ValueError):
     same = False
   if not same:

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.config import ConfigError, parse_json
 from vitgan_jax.data import decode
 from vitgan_jax.data.source import count
 from vitgan_jax.files import sha256
@@ -97,7 +97,7 @@ class ShardMaker:
 
   def _read_record(self, k):
     try:
-      return json.loads(self._path(k).with_suffix(".json").read_text())
+      return parse_json(self._path(k).with_suffix(".json").read_text())
     except (OSError, ValueError):
       return None
 

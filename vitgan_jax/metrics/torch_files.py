@@ -10,6 +10,8 @@ import zipfile
 
 import numpy as np
 
+from vitgan_jax.config import ConfigError
+
 
 def read_state_dict(path):
   """Returns the arrays of a file of torch.save by name, whichever they are.
@@ -18,18 +20,26 @@ def read_state_dict(path):
   before it, which published weights are often in.
 
   Raises:
-    pickle.UnpicklingError: if the file holds more than tensors.
+    ConfigError: if the file is damaged, or holds more than tensors.
   """
   with open(path, "rb") as file:
     is_zip = file.read(2) == b"PK"
     file.seek(0)
-    return _read_zip(file) if is_zip else _read_legacy(file)
+    try:
+      return _read_zip(file) if is_zip else _read_legacy(file)
+    except Exception as error:  # a pickle may raise any kind
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise ConfigError(
+        f"{path} holds no weights that torch saved: {reason}"
+      ) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
   """Reads tensors as numpy arrays, and refuses everything else.
 
-  A pickle may call any function by its name; here it finds these alone.
+  A pickle may call any function by its name; here it finds these alone. It is
+  the unpickler in Python: that in C takes as much memory as a damaged number
+  says.
 
   Attributes:
     storages: key -> flat array, uninitialised: the caller fills it, after

@@ -42,6 +42,8 @@ import copy
 import pkgutil
 from typing import NamedTuple
 
+import ml_collections
+
 from vitgan_jax.config import ConfigError
 from vitgan_jax.kernels import UnsupportedError
 
@@ -249,7 +251,7 @@ def kind_of(network, name):
     ConfigError: if there is none.
   """
   table = TABLES[network]
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise ConfigError(
       f"config.{network}.kind={name!r} must be one of {', '.join(table)}"
     )
@@ -275,8 +277,8 @@ def different_fields(config, network):
 
   They are sorted, as "generator.width".
   """
-  fields = config.get(network, {})
-  if "kind" not in fields:
+  fields = config.get(network)
+  if not isinstance(fields, ml_collections.ConfigDict) or "kind" not in fields:
     return [f"{network}.kind"]
   names = set(fields_of(network, fields["kind"])) ^ set(fields)
   return sorted(f"{network}.{name}" for name in names)
