@@ -164,7 +164,7 @@ def test_run_shows_its_progress(digits_run):
     f"{kimg}/0.064" for kimg in ("0.016", "0.032", "0.048", "0.064")
   ]
   for line in lines[1:]:
-    assert re.search(r"  \d+ images/s  ETA \d+:\d\d:\d\d  loss/d ", line)
+    assert re.search(r"  \d+ images/s  ETA \d+:\d\d:\d\d  gradients/d ", line)
 
 
 def test_run_shows_samples_and_the_insides_of_its_discriminator(digits_run):
