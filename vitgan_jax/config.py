@@ -438,14 +438,14 @@ def claim_workdir(config, workdir, names=()):
     aside = path.with_name(f"{path.name}.damaged")
     path.replace(aside)
     files.tell(f"{path} is damaged: set aside as {aside.name}, written anew")
-  partial = path.with_suffix(".partial")
+  texts = {path: config.to_json(indent=2, sort_keys=True) + "\n"}
+  if names:
+    texts[_names_path(workdir)] = json.dumps(names)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
-    if names:
-      partial.write_text(json.dumps(names))
-      partial.replace(_names_path(workdir))
+    for whole_path, text in texts.items():
+      with files.whole(whole_path) as partial:
+        partial.write_text(text)
   except OSError as error:
     raise ConfigError(
       f"cannot write into --workdir={workdir}: {error.strerror or error}"

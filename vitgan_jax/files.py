@@ -152,7 +152,7 @@ def whole(path):
   If that fails, nothing is left of it.
 
   Args:
-    path: pathlib.Path.
+    path: pathlib.Path or epath.Path.
   """
   partial = path.with_name(f"{path.name}.partial")
   try:

@@ -234,9 +234,8 @@ class SampleWriter:
       path = self._folder / f"{step:08d}.png"
       pictures.write_png(path, grid, min_side=512)
       # Whole at any time, for those who look while it is written.
-      partial = self.latest.with_suffix(".partial")
-      path.copy(partial, overwrite=True)
-      partial.replace(self.latest)
+      with files.whole(self.latest) as partial:
+        path.copy(partial, overwrite=True)
     drawn = visualize.discriminator_pictures(self._real_images, shown)
     drawn["samples"] = grid
     scalars = {key: float(value) for key, value in scalars.items()}
