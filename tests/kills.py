@@ -139,13 +139,11 @@ class _Process:
     new = [path for path in found if found[path] != self._before.get(path)]
     if "Done." in self.log:
       return "end"
+    if not re.search("Starting:|Resuming at", self.log):
+      return "preparation" if any("datasets" in x for x in new) else "start"
     if any("checkpoint-tmp" in path for path in new):
       return "save"
-    if "Features of" in self.log:
-      return "evaluation"
-    if re.search("Starting:|Resuming at", self.log):
-      return "steps"
-    return "preparation" if any("datasets" in x for x in new) else "start"
+    return "evaluation" if "Features of" in self.log else "steps"
 
 
 def state_hash(workdir):
