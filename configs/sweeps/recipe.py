@@ -12,6 +12,7 @@ FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
 
 FINE = {"discriminator.patch_size": 2, "discriminator.overlap": 1}
 CONSISTENCY = {"loss.bcr_weight": 1.0}
+SMALL_BATCH = {"batch_size": 16}
 
 RUNS = {
   "base": CONSISTENCY,
@@ -28,6 +29,14 @@ RUNS = {
   },
   "consistency_4e-3": CONSISTENCY | FASTER,
   "fine_discriminator": CONSISTENCY | FASTER | FINE,
+  "fine_no_consistency": NO_CONSISTENCY | FASTER | FINE,
+  "fine_batch_16": CONSISTENCY | FASTER | FINE | SMALL_BATCH,
+  "fine_batch_16_no_consistency": NO_CONSISTENCY | FASTER | FINE | SMALL_BATCH,
+  "fine_generator": CONSISTENCY
+  | FASTER
+  | FINE
+  | SMALL_BATCH
+  | {"generator.patch_size": 2},
   "fine_discriminator_conv": CONSISTENCY
   | FASTER
   | FINE
