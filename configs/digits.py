@@ -9,9 +9,9 @@ or
 1,497 digits of 8 x 8 pixels, enlarged. The result is in results/digits and in
 the README; what was tried in docs/lab_book.md.
 
-Its generator draws grey images, as the digits are: a trace of colour that no eye
-sees is most of what tells samples from digits else. Its discriminator has
-patches that fit into its width, as that of configs/cifar16.py:fast.
+Its generator draws grey images, as the digits are: else a trace of colour that
+no eye sees is most of what tells samples from them. Its discriminator has patches
+that fit into its width, as that of configs/cifar16.py:fast.
 """
 
 from configs import common
