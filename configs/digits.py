@@ -10,8 +10,8 @@ or
 the README; what was tried in docs/lab_book.md.
 
 Its generator draws grey images, as the digits are: else a trace of colour that
-no eye sees is most of what tells samples from them. Its discriminator has patches
-that fit into its width, as that of configs/cifar16.py:fast.
+no eye sees is most of what tells samples from them. Its discriminator's patches
+fit into its width, as those of configs/cifar16.py:fast.
 """
 
 from configs import common
