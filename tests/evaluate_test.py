@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 
 from configs import digits
-from tests import checkpoint_test, monitor_test, networks, runs, tiny
+from tests import checkpoint_test, monitor_test, runs, tiny, toy_features
 from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
@@ -22,7 +22,7 @@ NUM_SAMPLES = 1000
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
   monkeypatch.setattr(
-    features, "load_network", lambda name, weights="": networks.tiny()
+    features, "load_network", lambda name, weights="": toy_features.tiny()
   )
 
 
@@ -46,7 +46,7 @@ def evaluated(digits_run, tmp_path_factory):
   shutil.copytree(digits_run.workdir, path)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      features, "load_network", lambda name, weights="": networks.tiny()
+      features, "load_network", lambda name, weights="": toy_features.tiny()
     )
     return path, evaluate_quietly(path, "all")
 
@@ -54,8 +54,8 @@ def evaluated(digits_run, tmp_path_factory):
 def test_score_is_that_of_the_images_that_sampling_writes(evaluated, tmp_path):
   workdir, _ = evaluated
   sample.sample(workdir, NUM_SAMPLES, 0, tmp_path / "samples")
-  fake = networks.features_of(score.load_images(tmp_path / "samples"))
-  real = networks.features_of(
+  fake = toy_features.features_of(score.load_images(tmp_path / "samples"))
+  real = toy_features.features_of(
     pipeline.load_images(config_lib.load(workdir).data)[:]
   )
   a, b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
@@ -308,7 +308,7 @@ def test_other_real_images_are_another_protocol(evaluated, tmp_path):
   assert new["protocol"]["split"] == "train[:1200]"
   sample.sample(workdir, NUM_SAMPLES, 0, tmp_path / "samples")
   real, fake = (
-    statistics.from_features(networks.features_of(images))
+    statistics.from_features(toy_features.features_of(images))
     for images in (
       pipeline.PreparedImages(held_out)[:],
       score.load_images(tmp_path / "samples"),

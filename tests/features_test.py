@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import networks
+from tests import toy_features
 from tests.datasets import noise
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
@@ -11,7 +11,7 @@ from vitgan_jax.metrics import features, inception
 
 def extractor(num_devices):
   mesh = partitioning.create_mesh(jax.devices()[:num_devices])
-  return features.Extractor(networks.tiny(), mesh)
+  return features.Extractor(toy_features.tiny(), mesh)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
@@ -23,11 +23,11 @@ def test_features_are_those_of_each_image(num_devices, per_device):
   result = extract(batch)
   np.testing.assert_allclose(
     result.features,
-    networks.features_of(images),
+    toy_features.features_of(images),
     atol=1e-5,  # float32
   )
   np.testing.assert_allclose(
-    result.logits, result.features @ networks.PARAMS["head"], atol=1e-5
+    result.logits, result.features @ toy_features.PARAMS["head"], atol=1e-5
   )
 
 
@@ -41,7 +41,7 @@ def test_every_image_is_seen_once_in_the_order_that_is_told(
   order = features.order(images, count)
   assert len(set(order.tolist())) == count
   np.testing.assert_allclose(
-    result.features, networks.features_of(images[order]), atol=1e-5
+    result.features, toy_features.features_of(images[order]), atol=1e-5
   )
 
 

@@ -6,8 +6,7 @@ import io
 import pytest
 
 from configs import digits
-from tests import networks as feature_networks
-from tests import runs, tiny
+from tests import runs, tiny, toy_features
 from vitgan_jax import checkpoint, evaluate, sample, visualize
 from vitgan_jax.metrics import features
 
@@ -96,7 +95,7 @@ def test_pair_trains_resumes_and_is_sampled_scored_and_drawn(
   assert int(run.state.step) == 8 // config.d_steps
   tiny.assert_bit_equal(checkpoint.load_run(run.workdir).state, run.state)
   monkeypatch.setattr(
-    features, "load_network", lambda name, weights="": feature_networks.tiny()
+    features, "load_network", lambda name, weights="": toy_features.tiny()
   )
   monkeypatch.setattr(sample, "BATCH_SIZE", 2)
   with contextlib.redirect_stdout(io.StringIO()) as output:

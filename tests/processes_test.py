@@ -13,10 +13,10 @@ DIGITS = f"--config={runs.ROOT}/configs/digits.py:smoke"
 
 # The command line, with the tests' own feature network.
 _TINY_NETWORK = """
-from tests import networks
+from tests import toy_features
 from vitgan_jax import cli, main
 from vitgan_jax.metrics import features
-features.load_network = lambda name, weights="": networks.tiny()
+features.load_network = lambda name, weights="": toy_features.tiny()
 cli.run(main.main)
 """
 

@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from configs import digits
-from tests import datasets, networks, runs
+from tests import datasets, runs, toy_features
 from vitgan_jax import config as config_lib
 from vitgan_jax import latent_space, partitioning, project, sample
 from vitgan_jax.metrics import features
@@ -18,7 +18,7 @@ from vitgan_jax.models import networks as network_table
 @pytest.fixture(autouse=True)
 def tiny_features(monkeypatch):
   """Has features be the means of 16 squares: smooth, and soon compiled."""
-  network = networks.tiny()._replace(params=(), apply=_means)
+  network = toy_features.tiny()._replace(params=(), apply=_means)
   monkeypatch.setattr(features, "load_network", lambda name: network)
   monkeypatch.setattr(latent_space, "_NUM_LATENTS", 1000)
 
@@ -158,7 +158,7 @@ def test_without_a_mapping_network_the_latent_is_sought(kind, length):
   labels = np.array([0, 2]) if kind == "biggan" else None
   z = jax.random.normal(jax.random.key(0), (2, length))
   variables = jax.jit(nets.generator.init)(jax.random.key(1), z, labels)
-  arguments = (nets, variables, networks.tiny())
+  arguments = (nets, variables, toy_features.tiny())
   w, images, before, after = projected(arguments, 32, labels)
   assert w.shape == (2, length)
   expected = nets.generator.apply(
@@ -178,7 +178,7 @@ def test_several_latents_of_an_image_are_sought_together():
   nets = network_table.build(config)
   z = np.ones((2, nets.generator.latent_dim), np.float32)
   variables = jax.jit(nets.generator.init)(jax.random.key(1), z)
-  arguments = (nets, variables, networks.tiny())
+  arguments = (nets, variables, toy_features.tiny())
   w, _, before, after = projected(arguments, 8, None)
   assert w.shape == (2, 4, 8)
   assert sum(after.values()).sum() < sum(before.values()).sum()

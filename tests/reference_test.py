@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests import datasets, networks, runs
+from tests import datasets, runs, toy_features
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import partitioning
 from vitgan_jax.data import pipeline
@@ -21,13 +21,15 @@ def images(tmp_path):
 
 
 def extractor(**fields):
-  return features.Extractor(networks.tiny(**fields), partitioning.create_mesh())
+  return features.Extractor(
+    toy_features.tiny(**fields), partitioning.create_mesh()
+  )
 
 
 @pytest.mark.parametrize("count", [50, 20])
 def test_moments_are_of_all_images_and_features_of_some(images, count):
   result = reference.compute(extractor(), images, count)
-  expected = networks.features_of(images[:])
+  expected = toy_features.features_of(images[:])
   assert result.statistics.num == 50
   np.testing.assert_allclose(
     result.statistics.mean, expected.mean(0), atol=1e-6
@@ -91,13 +93,13 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 process, port, path, output = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-from tests import networks
+from tests import toy_features
 from vitgan_jax import partitioning
 from vitgan_jax.data import pipeline
 from vitgan_jax.metrics import features, reference
 features.BATCH_SIZE = 4
 images = pipeline.PreparedImages(pathlib.Path(path))
-extractor = features.Extractor(networks.tiny(), partitioning.create_mesh())
+extractor = features.Extractor(toy_features.tiny(), partitioning.create_mesh())
 for _ in range(2):  # computed, then read by the first process alone
   result = reference.load(extractor, images, 30)
 assert (result is None) == (process == "1")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from tests import datasets, networks, runs
+from tests import datasets, runs, toy_features
 from tests.datasets import data_config, encode, noise
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import prepare
@@ -134,10 +134,10 @@ def test_what_cannot_be_scored_is_one_clear_line(
 
 def test_scores_are_those_of_the_features():
   real, fake = smooth(1200, seed=0), smooth(1100, seed=1) // 2
-  result = score.score(real, fake, networks.tiny())
+  result = score.score(real, fake, toy_features.tiny())
   expected = fid.frechet_distance(
     *(
-      statistics.from_features(networks.features_of(images))
+      statistics.from_features(toy_features.features_of(images))
       for images in (real, fake)
     )
   )
@@ -147,7 +147,7 @@ def test_scores_are_those_of_the_features():
 
 def test_same_images_are_at_no_distance():
   images = smooth(1000, seed=0)
-  result = score.score(images, images, networks.tiny())
+  result = score.score(images, images, toy_features.tiny())
   assert abs(result["fd_tiny1k"]) < 1e-6
   assert result["precision_tiny1k"] == result["recall_tiny1k"] == 1
   assert result["coverage_tiny1k"] == 1
@@ -155,7 +155,7 @@ def test_same_images_are_at_no_distance():
 
 def test_command_prints_a_table_or_json(tmp_path, monkeypatch):
   monkeypatch.setattr(
-    features, "load_network", lambda name, weights: networks.tiny()
+    features, "load_network", lambda name, weights: toy_features.tiny()
   )
   write("npz", tmp_path, smooth(1000, seed=0))
   write("folder", tmp_path, smooth(1000, seed=1))
@@ -192,13 +192,13 @@ def test_mean_and_covariance_give_the_frechet_distance_alone(
 
   def load_network(name, weights):
     networks_asked_for.append(name)
-    return networks.tiny()
+    return toy_features.tiny()
 
   monkeypatch.setattr(features, "load_network", load_network)
   seen = []
   for i, kind in enumerate((real, fake)):
     images = smooth(1000, seed=i) // (i + 1)
-    seen.append(networks.features_of(images))
+    seen.append(toy_features.features_of(images))
     arrays = {"arr_0": images}
     if kind == "moments":
       mean, cov = seen[i].mean(0), np.cov(seen[i], rowvar=False)
@@ -218,7 +218,7 @@ def test_mean_and_covariance_give_the_frechet_distance_alone(
 def test_mean_and_covariance_of_another_network_are_refused(tmp_path):
   moments = statistics.from_moments(np.zeros(2048), np.eye(2048))
   with pytest.raises(config_lib.ConfigError, match="same network"):
-    score.score(moments, smooth(1000, seed=0), networks.tiny())
+    score.score(moments, smooth(1000, seed=0), toy_features.tiny())
 
 
 @pytest.mark.parametrize("arguments", [[], ["one"], ["a", "b", "c"]])
