@@ -14,8 +14,7 @@ import pytest
 import scipy.linalg
 
 from configs import digits
-from tests import datasets, monitor_test, runs, tiny, toy_networks
-from tests import networks as feature_networks
+from tests import datasets, monitor_test, runs, tiny, toy_features, toy_networks
 from vitgan_jax import (
   checkpoint,
   demo,
@@ -76,7 +75,7 @@ def scored(run):
     contextlib.redirect_stdout(io.StringIO()) as output,
   ):
     patch.setattr(
-      features, "load_network", lambda name, weights="": feature_networks.tiny()
+      features, "load_network", lambda name, weights="": toy_features.tiny()
     )
     evaluate.evaluate(run.workdir, num_samples=NUM_SAMPLES)
   return output.getvalue()
@@ -214,11 +213,11 @@ def test_class_that_the_run_has_not_is_one_line(
 def test_each_class_is_scored_by_itself(run, scored, tmp_path):
   (record,) = evaluate.read_records(run.workdir)
   sample.sample(run.workdir, NUM_SAMPLES, 0, tmp_path / "samples")
-  fake = feature_networks.features_of(score.load_images(tmp_path / "samples"))
+  fake = toy_features.features_of(score.load_images(tmp_path / "samples"))
   images = pipeline.load_images(run.config.data)
   # The real images that are looked at: as many, in a random order.
   kept = features.order(images, NUM_SAMPLES)
-  real = feature_networks.features_of(images[kept])
+  real = toy_features.features_of(images[kept])
   labels = images.labels()[kept]
   assert list(record["class_scores"]) == [str(i) for i in range(10)]
   assert record["class_scores_skipped"] == ""
