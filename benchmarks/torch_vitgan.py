@@ -269,6 +269,7 @@ class Generator(nn.Module):
   def __init__(self, config):
     super().__init__()
     c, latent_dim = config.generator, config.generator.latent_dim
+    self.grey = c.grey
     self.mapping = nn.ModuleDict(
       {
         f"dense{i}": Dense(
@@ -303,7 +304,10 @@ class Generator(nn.Module):
     h = self.positions().expand(len(w), -1, -1)
     for block in self.blocks:
       h = block(h, w)
-    return self.decoder(self.norm_out(h, w))
+    images = self.decoder(self.norm_out(h, w))
+    return (
+      images.mean(1, keepdim=True).expand_as(images) if self.grey else images
+    )
 
 
 class Discriminator(nn.Module):
