@@ -21,6 +21,7 @@ def get_config(arg=""):
   """Returns the demo's config; `arg` may be "smoke"."""
   config = common.apply_argument(common.get_config(), "tiny")
   config.total_kimg = 180.0
+  config.batch_size = 16
 
   config.data.dataset = "sklearn_digits"
   config.data.flip = False  # a mirrored digit is none
