@@ -305,10 +305,12 @@ def make_train_steps(config, nets, mesh):
     after, metrics = train_step(
       state, batch, key, config=config, nets=nets, mesh=mesh
     )
-    is_finite = all_finite((metrics, after.g_variables, after.d_variables))
+    # Finite parameters stay so, if their gradients and what goes with them are.
+    is_finite = all_finite((metrics, after.g_model_state, after.d_model_state))
     is_taken = is_finite & (state.step == step)
     before = state.replace(step=state.step + 1) if skips else state
-    state = jax.tree.map(functools.partial(jnp.where, is_taken), after, before)
+    # A condition passes one of them on; a choice by number would copy both.
+    state = lax.cond(is_taken, lambda: after, lambda: before)
     return state, (metrics, is_finite)
 
   def train_steps(state, batch, step):

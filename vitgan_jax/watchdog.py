@@ -69,7 +69,7 @@ RULES = (
 )
 # Of the norm of gradients over its median so far; both are measured each grid.
 _GRADIENTS = ("gradients/d", "gradients/g")
-_EXPLODING = 100.0
+_EXPLODING = 25.0
 
 
 class Watchdog:
