@@ -286,6 +286,7 @@ def test_bad_arguments_are_errors_before_anything_is_computed(
   assert not (workdir / "best").exists()
 
 
+@pytest.mark.slow
 def test_data_may_have_moved(workdir, tmp_path):
   config = digits.get_config("smoke")
   old = prepare.prepare(config.data)
@@ -295,6 +296,7 @@ def test_data_may_have_moved(workdir, tmp_path):
   assert (tmp_path / "data" / "vitgan_jax" / "references").is_dir()
 
 
+@pytest.mark.slow
 def test_other_real_images_are_another_protocol(evaluated, tmp_path):
   workdir = shutil.copytree(evaluated[0], tmp_path / "run")
   before = evaluate.read_records(workdir)

@@ -96,6 +96,7 @@ def test_own_samples_are_found_again(
   assert "| mean of 3 |" in table and f"{mean:.4f} |" in table
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_and_the_rest_is_as_without_a_stop(
   digits_run, samples, tmp_path, monkeypatch
 ):

@@ -62,6 +62,7 @@ def test_cifar10_of_tfds_trains(tmp_path):
   train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_imagenet_resized_of_tfds_trains(tmp_path):
   images = noise(12, 32, 32, 3)
   labels = np.random.default_rng(0).integers(0, 1000, 12)
@@ -272,7 +273,13 @@ def user_files():
   }
 
 
-@pytest.mark.parametrize("write", [datasets.write_folder, datasets.write_zip])
+@pytest.mark.parametrize(
+  "write",
+  [
+    pytest.param(datasets.write_folder, marks=pytest.mark.slow),
+    datasets.write_zip,
+  ],
+)
 def test_own_images_of_all_kinds_train(tmp_path, write):
   files = user_files()
   path = write(tmp_path / "mine", files)

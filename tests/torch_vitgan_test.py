@@ -181,6 +181,8 @@ def test_training_step_is_the_same(trainer):
   keys = jax.random.split(KEY, (2, config().batch_size))
   draws = to_torch(jax.jit(draws_of_step)(*keys))
   metrics = trainer.step(torch.from_numpy(images), draws)
+  # Of the gradients the moments of Adam speak, below.
+  expected = {k: v for k, v in expected.items() if "gradients/" not in k}
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(

@@ -339,6 +339,7 @@ def test_run_without_such_a_step_has_nothing_to_replay(digits_run, tmp_path):
   assert "has no step to replay" in errors and errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_run_goes_back_and_on_with_other_keys(
   digits_run, tmp_path, monkeypatch, capsys
 ):

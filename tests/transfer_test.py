@@ -164,6 +164,7 @@ def fine_tuned(digits_run, tmp_path_factory):
   return whole, runs.train_quietly(config, folder / "halves")
 
 
+@pytest.mark.slow
 def test_run_goes_on_without_its_source_as_if_it_had_not_stopped(fine_tuned):
   whole, halves = fine_tuned
   tiny.assert_bit_equal(halves.state, whole.state)
