@@ -321,3 +321,12 @@ def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
     assert field in message
   assert "another version made it" in message
   assert "\n" not in message
+
+
+def test_message_is_one_line_whatever_it_quotes():
+  config = tiny.tiny_config()
+  with config.unlocked():
+    config.discriminator.kind = ml_collections.ConfigDict({"a": 1, "b": 2})
+  with pytest.raises(config_lib.ConfigError, match="kind=a: 1 b: 2") as error:
+    config_lib.validate(config)
+  assert len(str(error.value).splitlines()) == 1
