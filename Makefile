@@ -58,7 +58,9 @@ demo: .venv/installed
 	$(BIN)/python -m vitgan_jax.main --mode=evaluate --workdir="$(WORKDIR)"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	@# In the order of names: the files of few tests, which go last else, take long.
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile \
+	  --no-loadscope-reorder
 
 test-slow: lint $(TOOLS:%=.venv/tools/%/installed)
 	$(BIN)/python -m pytest -o faulthandler_timeout=1800

@@ -173,6 +173,7 @@ def test_run_goes_on_without_its_source_as_if_it_had_not_stopped(fine_tuned):
   assert "Resuming at step 4" in halves.output
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_all_others_move(fine_tuned, digits_run):
   whole, _ = fine_tuned
   before = tiny.leaves_by_name(tiny.to_host(digits_run.state.d_params))

@@ -82,7 +82,8 @@ def _read_zip(file):
     state_dict = unpickler.load()
     folder = name.removesuffix("data.pkl") + "data/"
     for key, storage in unpickler.storages.items():
-      storage[:] = np.frombuffer(archive.read(folder + key), storage.dtype)
+      content = archive.read(folder + key)
+      storage[:] = np.frombuffer(content, storage.dtype, storage.size)
   return state_dict
 
 
@@ -94,5 +95,7 @@ def _read_legacy(file):
   for key in _Unpickler(file).load():
     file.seek(8, io.SEEK_CUR)  # the size, which is known
     storage = unpickler.storages[key]
-    storage[:] = np.frombuffer(file.read(storage.nbytes), storage.dtype)
+    # With a count a part of them is an error, and not one number for all.
+    content = file.read(storage.nbytes)
+    storage[:] = np.frombuffer(content, storage.dtype, storage.size)
   return state_dict
