@@ -126,10 +126,6 @@ _LASTING = [
 class ConfigError(ValueError):
   """Something that the user can put right; shown as one line."""
 
-  def __init__(self, message):
-    """Takes a message, which may quote a value of several lines."""
-    super().__init__(" ".join(str(message).splitlines()))
-
 
 class DamagedError(ConfigError):
   """A file is not what was written."""

@@ -252,8 +252,9 @@ def kind_of(network, name):
   """
   table = TABLES[network]
   if not isinstance(name, str) or name not in table:
+    shown = " ".join(repr(name).split())  # of a ConfigDict it has many lines
     raise ConfigError(
-      f"config.{network}.kind={name!r} must be one of {', '.join(table)}"
+      f"config.{network}.kind={shown} must be one of {', '.join(table)}"
     )
   return table[name]
 
