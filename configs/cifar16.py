@@ -34,18 +34,9 @@ def get_config(arg=""):
   """
   words = [word for word in arg.split(",") if word]
   config = common.get_config()
-  config.loss.bcr_weight = 1.0
-  config.augment.brightness = 0.2
-  config.augment.saturation = 0.0
-  config.augment.contrast = 0.0
-  config.augment.scaling = 0.0
-  config.augment.cutout = 0.25
+  common.lighten(config)
   others = ",".join(word for word in words if word != "fast")
   config = common.apply_argument(config, f"tiny,{others}")
   if "fast" in words:
-    config.g_optimizer.learning_rate = 4e-3
-    config.d_optimizer.learning_rate = 4e-3
-    if config.discriminator.kind == "vitgan":
-      config.discriminator.patch_size = 2
-      config.discriminator.overlap = 1
+    common.quicken(config)
   return config

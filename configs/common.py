@@ -168,6 +168,25 @@ def apply_argument(config, arg):
   return config
 
 
+def lighten(config):
+  """Sets the consistency and the augmentation that small runs learn with."""
+  config.loss.bcr_weight = 1.0
+  config.augment.update(
+    brightness=0.2, saturation=0.0, contrast=0.0, scaling=0.0, cutout=0.25
+  )
+
+
+def quicken(config):
+  """Sets what has `:tiny` learn more of an image: docs/lab_book.md.
+
+  Higher rates, and patches that fit into the width of ViTGAN's discriminator.
+  """
+  config.g_optimizer.learning_rate = 4e-3
+  config.d_optimizer.learning_rate = 4e-3
+  if config.discriminator.kind == "vitgan":
+    config.discriminator.update(patch_size=2, overlap=1)
+
+
 def _shrink_to_learn(config):
   config.batch_size = 32
   config.steps_per_call = 20

@@ -27,17 +27,8 @@ def get_config(arg=""):
   config.data.flip = False  # a mirrored digit is none
 
   config.generator.grey = True
-  config.discriminator.patch_size = 2
-  config.discriminator.overlap = 1
-  config.g_optimizer.learning_rate = 4e-3
-  config.d_optimizer.learning_rate = 4e-3
-  config.loss.bcr_weight = 1.0
-
-  config.augment.brightness = 0.2
-  config.augment.saturation = 0.0
-  config.augment.contrast = 0.0
-  config.augment.scaling = 0.0
-  config.augment.cutout = 0.25
+  common.lighten(config)
+  common.quicken(config)
 
   config.evaluation.num_samples = 2_000
   config.sample_every_kimg = 20.0

@@ -382,7 +382,7 @@ def class_names(workdir):
     names = parse_json(path.read_text()) if path.exists() else []
   except ValueError:
     names = None
-  if isinstance(names, list) and all(isinstance(x, str) for x in names):
+  if files.has_form(names, [str]):
     return names
   files.tell(f"{path} is damaged: classes are known by number alone")
   return []

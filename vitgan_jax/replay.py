@@ -66,15 +66,14 @@ def replay(workdir):
   d_batches, g_batch = gan_step.with_keys(batch, key, config)
   options = dict(config=config, nets=nets, mesh=mesh)
   found = _tell("the state before it", _bad_leaves(state))
+  d_step = jax.jit(functools.partial(gan_step.d_step, **options))
   for i in range(config.d_steps):
     d_batch = jax.tree.map(lambda x, i=i: x[i], d_batches)
     name = f"update {i + 1} of the discriminator"
     found += _update(
       name, gan_step.d_loss, state.d_params, d_batch, state, options
     )
-    state, _ = jax.jit(functools.partial(gan_step.d_step, **options))(
-      state, d_batch
-    )
+    state, _ = d_step(state, d_batch)
   name = "the update of the generator"
   found += _update(
     name, gan_step.g_loss, state.g_params, g_batch, state, options

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 
 from clu import parameter_overview
 import jax
@@ -67,11 +66,9 @@ def train_and_evaluate(config, workdir):
       if config.on_nonfinite != "rewind" or rewinds == _MAX_REWINDS:
         raise
       if processes.is_primary():
-        print(
+        files.tell(
           f"{error}. Back to the last checkpoint, with other random numbers: "
-          f"{rewinds + 1} of at most {_MAX_REWINDS} times",
-          file=sys.stderr,
-          flush=True,
+          f"{rewinds + 1} of at most {_MAX_REWINDS} times"
         )
 
 

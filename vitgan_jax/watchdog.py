@@ -75,10 +75,10 @@ _EXPLODING = 25.0
 class Watchdog:
   """Judges the scalars of each grid; speaks when a fault is new."""
 
-  def __init__(self, num_grids=_NUM_GRIDS):
+  def __init__(self):
     """Knows nothing yet; a run that goes on is judged anew."""
     self._seen = collections.defaultdict(
-      lambda: collections.deque(maxlen=num_grids)
+      lambda: collections.deque(maxlen=_NUM_GRIDS)
     )
     self._norms = collections.defaultdict(list)
     self._known = set()
