@@ -194,8 +194,8 @@ def test_rotary_positions_count_by_their_distance_alone():
 
 
 def test_blocks_start_near_the_identity_and_layers_at_xaviers_limits():
-  angles = gat.rotary_angles(2, 16)
-  block = gat.Block(num_heads=2, angles=angles)
+  attention = dict(num_heads=2, angles=gat.rotary_angles(2, 16), num_patches=4)
+  block = gat.Block(attention)
   x, w = jnp.zeros((1, 4, 32)), jnp.zeros((1, 32))
   params = jax.jit(block.init)(jax.random.key(0), x, w)["params"]
   modulation = params["modulation"]["kernel"]

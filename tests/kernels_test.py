@@ -11,7 +11,7 @@ import pytest
 from tests.reference import leaves, normal
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.kernels.attention import GROUP_SIZE
-from vitgan_jax.models import networks
+from vitgan_jax.models import gat, networks
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.generator import Generator
 
@@ -32,9 +32,21 @@ def make_generator(**overrides):
   return Generator(**{**fields, **NETWORK, **small, **overrides})
 
 
+GAT = dict(
+  image_size=16,
+  num_classes=0,
+  patch_size=4,
+  width=32,
+  depth=1,
+  num_heads=2,
+  num_levels=1,
+)
+DISCRIMINATORS = Discriminator, gat.Discriminator
+
+
 @functools.cache
 def inputs_of(network):
-  if isinstance(network, Discriminator):
+  if isinstance(network, DISCRIMINATORS):
     size = network.image_size
     return normal(BATCH, size, size, 3)
   return normal(BATCH, network.latent_dim)
@@ -53,8 +65,16 @@ NETWORKS = pytest.mark.parametrize(
     pytest.param(
       make_generator(latent_injection="token"), marks=pytest.mark.slow
     ),
+    gat.Discriminator(**GAT, head_dim=8),
+    gat.Generator(**GAT, latent_dim=8),
   ],
-  ids=["discriminator", "generator", "generator with a token"],
+  ids=[
+    "discriminator",
+    "generator",
+    "generator with a token",
+    "GAT's discriminator",
+    "GAT's generator",
+  ],
 )
 
 
@@ -97,11 +117,13 @@ def test_all_that_has_a_kernel_runs_as_one(network):
   names = {
     name.removesuffix("_of_rows") for name in re.findall(r"name=(\w+)", text)
   }
-  functions = {"project", "attention", "mlp"}
-  if isinstance(network, Discriminator):
-    functions |= {"embed"}
+  functions = {"project", "attention"}
+  if type(network).__module__ == gat.__name__:
+    functions |= {"gated_mlp"}
+  elif isinstance(network, Discriminator):
+    functions |= {"mlp", "embed"}
   else:
-    functions |= {"normalise", "modulated_pixels"}
+    functions |= {"mlp", "normalise", "modulated_pixels"}
   for name in functions:
     assert {name, f"{name}_backward"} <= names
 

@@ -10,20 +10,22 @@ was chosen.
 
 from typing import Any
 
+import flax
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import attention
+from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.generator import normalise_second_moment
-from vitgan_jax.models.layers import Dense, w_of_layer
+from vitgan_jax.models.layers import Dense, Linear, w_of_layer
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
-from vitgan_jax.models.transformer import check_grid, sow_attention
+from vitgan_jax.models.transformer import check_grid, project, sow_attention
 
 EPSILON = 1e-6
-_XAVIER = nn.initializers.xavier_uniform()
 
 
 def check_gat(fields, image_size, where):
@@ -78,110 +80,217 @@ def rotate(x, angles):
   return jnp.concatenate([a * cosine - b * sine, a * sine + b * cosine], -1)
 
 
+@flax.struct.dataclass
+class Scale:
+  """A product with one number for each channel.
+
+  Attributes:
+    scale: [k, D], for the rows of each of k images, one image after the other;
+      k = 1 is one scale for all.
+  """
+
+  scale: Any
+
+  def __call__(self, x):
+    """Maps rows [R, D] to [R, D]."""
+    y = x.reshape(len(self.scale), -1, x.shape[-1])
+    return (y * self.scale[:, None].astype(x.dtype)).reshape(x.shape)
+
+
+@flax.struct.dataclass
+class RMSNorm(Scale):
+  """x / sqrt(mean(x^2)) of each row, scaled (Zhang and Sennrich 2019).
+
+  Statistics are float32; the result has the type of x.
+  """
+
+  def __call__(self, x):
+    """Maps rows [R, D] to [R, D]."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + EPSILON)
+    return super().__call__(y).astype(x.dtype)
+
+
+class LearnedRMSNorm(nn.Module):
+  """RMS norm with a scale of its own, for all rows."""
+
+  @nn.compact
+  def weights(self, width):
+    """Returns the `RMSNorm`."""
+    scale = self.param("scale", nn.initializers.ones, (width,))
+    return RMSNorm(scale[None])
+
+
+class XavierDense(nn.Module):
+  """A dense layer that starts within Xavier's limit, with a bias of 0.
+
+  Attributes:
+    features: output channels.
+    variance: of the kernel at init, relative to Xavier's.
+    dtype: of the computation; parameters are float32.
+  """
+
+  features: int
+  variance: float = 1.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def weights(self, fan_in):
+    """Returns the `Linear` of a kernel [fan_in, features]."""
+    init = nn.initializers.variance_scaling(self.variance, "fan_avg", "uniform")
+    kernel = self.param("kernel", init, (fan_in, self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return Linear(kernel, bias, self.dtype)
+
+  def __call__(self, x):
+    """Maps [..., in] to [..., features]."""
+    # As rows: see `layers.Dense`.
+    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = self.weights(x.shape[-1])(rows)
+    return y.reshape(*x.shape[:-1], self.features)
+
+
 class Attention(nn.Module):
   """Dot-product attention of normalised, rotated queries and keys.
 
   Attributes:
     num_heads: must divide D.
-    angles: [N, D / num_heads / 2], of `rotary_angles`.
+    angles: [R, D / num_heads / 2], of `rotary_angles`, for the tokens in their
+      order.
+    num_patches: tokens of an image, without a class token.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; logits and softmax are float32.
   """
 
   num_heads: int
   angles: Any
+  num_patches: int
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """Maps tokens [B, N, D] to [B, N, D]."""
-    width = x.shape[-1]
-    common = dict(kernel_init=_XAVIER, dtype=self.dtype)
+  def __call__(self, x, norm):
+    """Attends.
 
-    def heads(name):
-      y = nn.Dense(width, name=name, **common)(x)
+    Args:
+      x: tokens [B, N, D], or packed ones, see `kernels.attention.pack`.
+      norm: `RMSNorm`, by which they are normalised first.
+
+    Returns:
+      (x; the attended values, of its shape; the layer that comes next).
+    """
+    width = x.shape[-1]
+
+    def layer(name):
+      return XavierDense(width, dtype=self.dtype, name=name).weights(width)
+
+    def heads(y, name):
       y = y.reshape(*y.shape[:2], self.num_heads, -1)
       y = nn.RMSNorm(EPSILON, dtype=self.dtype, name=f"{name}_norm")(y)
       return rotate(y, self.angles).reshape(x.shape)
 
-    queries, keys = heads("query"), heads("key")
-    values = nn.Dense(width, name="value", **common)(x)
-    sow_attention(self, queries, keys, self.num_heads, "dot")
+    layers = [layer(name) for name in ("query", "key", "value")]
+    x, queries, keys, values = apply_rows(
+      project, x, norm, layers=layers, implementation=self.implementation
+    )
+    queries, keys = heads(queries, "query"), heads(keys, "key")
+    if self.implementation == "xla":
+      sow_attention(self, queries, keys, self.num_heads, "dot")
     attended = attention.attend(
       queries,
       keys,
       values,
-      num_patches=x.shape[1],
+      num_patches=self.num_patches,
       num_heads=self.num_heads,
       kind="dot",
-      implementation="xla",
+      implementation=self.implementation,
     )
-    return nn.Dense(width, name="out", **common)(attended)
+    return x, attended, layer("out")
+
+
+def swiglu(x, mlp_gate, mlp_in, mlp_out):
+  """Returns W_out(silu(W_gate x) * W_in x), of rows (Shazeer 2020)."""
+  return mlp_out(nn.silu(mlp_gate(x)) * mlp_in(x))
+
+
+def gated_mlp(x, attended, norm, gates, out, **layers):
+  """Returns the rest of a block after its attention, of rows [R, D]."""
+  x = x + gates[0](out(attended))
+  return x + gates[1](swiglu(norm(x), **layers))
 
 
 class SwiGLU(nn.Module):
-  """W_out(silu(W_gate x) * W_in x), of hidden width 8/3 D (Shazeer 2020)."""
+  """Layers of `swiglu`, of hidden width 8/3 D."""
 
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """Maps tokens [B, N, D] to [B, N, D]."""
-    width = x.shape[-1]
+  def weights(self, width):
+    """Returns them, by name."""
     hidden = width * 8 // 3
-    common = dict(kernel_init=_XAVIER, dtype=self.dtype)
-    gate = nn.silu(nn.Dense(hidden, name="gate", **common)(x))
-    y = gate * nn.Dense(hidden, name="in", **common)(x)
-    return nn.Dense(width, name="out", **common)(y)
+
+    def layer(name, fan_in, features):
+      return XavierDense(features, dtype=self.dtype, name=name).weights(fan_in)
+
+    return {
+      "mlp_gate": layer("gate", width, hidden),
+      "mlp_in": layer("in", width, hidden),
+      "mlp_out": layer("out", hidden, width),
+    }
 
 
 class Block(nn.Module):
   """x += gate * f(norm(x) * scale), for attention, then for a SwiGLU.
 
-  Four affine maps of w are 1 + scale and gate of either; they start small, so
+  Four affine maps of w are scale - 1 and gate of either; they start small, so
   that a block starts near the identity. Without w, the norms have scales of
   their own, and the gates are LayerScale's (Touvron et al. 2021), 0.1 at init.
 
-  Attributes: see `Attention`.
+  Attributes:
+    attention: keyword arguments of `Attention`, but for the rest.
+    select: see `transformer.TransformerBlock`.
+    implementation: see `Attention`.
+    dtype: of the computation.
   """
 
-  num_heads: int
-  angles: Any
+  attention: Any
+  select: Any = None
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, w=None):
     """Maps tokens [B, N, D] and w [B, W], or none, to [B, N, D]."""
     width = x.shape[-1]
-    branches = {
-      "attention": Attention(
-        self.num_heads, self.angles, self.dtype, name="attention"
-      ),
-      "mlp": SwiGLU(self.dtype, name="mlp"),
-    }
-    if w is not None:
-      modulation = nn.Dense(
-        4 * width,
-        # A tenth of Xavier's limit.
-        kernel_init=nn.initializers.variance_scaling(
-          0.01, "fan_avg", "uniform"
-        ),
-        dtype=self.dtype,
-        name="modulation",
-      )(w)[:, None]
-      scales_and_gates = jnp.split(modulation, 4, axis=-1)
-    for i, (name, branch) in enumerate(branches.items()):
-      y = nn.RMSNorm(
-        EPSILON, dtype=self.dtype, use_scale=w is None, name=f"{name}_rms"
-      )(x)
-      if w is None:
-        gate = self.param(
-          f"{name}_scale", nn.initializers.constant(0.1), (width,)
-        ).astype(self.dtype)
-      else:
-        scale, gate = scales_and_gates[2 * i : 2 * i + 2]
-        y = y * (1.0 + scale)
-      x = x + gate * branch(y)
-    return x
+    if w is None:
+      norms, gates = [], []
+      for name in ("attention", "mlp"):
+        norms.append(LearnedRMSNorm(name=f"{name}_rms").weights(width))
+        small = nn.initializers.constant(0.1)
+        gates.append(self.param(f"{name}_scale", small, (width,))[None])
+    else:
+      modulation = XavierDense(4 * width, 0.01, self.dtype, name="modulation")
+      scale1, gate1, scale2, gate2 = jnp.split(modulation(w), 4, axis=-1)
+      norms = [RMSNorm(1.0 + scale) for scale in (scale1, scale2)]
+      gates = [gate1, gate2]
+    x, attended, out = Attention(
+      **self.attention,
+      implementation=self.implementation,
+      dtype=self.dtype,
+      name="attention",
+    )(x, norms[0])
+    if self.select is not None:
+      x, attended = self.select(x), self.select(attended)
+    return apply_rows(
+      gated_mlp,
+      x,
+      attended,
+      norms[1],
+      [Scale(gate) for gate in gates],
+      out=out,
+      **SwiGLU(self.dtype, name="mlp").weights(width),
+      implementation=self.implementation,
+    )
 
 
 class ClassEmbedding(nn.Module):
@@ -236,6 +345,7 @@ class Generator(nn.Module):
     latent_dim: of z, and of the class embedding beside it.
     num_levels: images; divides the depth.
     remat: whether the backward pass computes the blocks' insides again.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; parameters and images are float32.
   """
 
@@ -248,6 +358,7 @@ class Generator(nn.Module):
   latent_dim: int
   num_levels: int
   remat: bool = False
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @staticmethod
@@ -299,9 +410,12 @@ class Generator(nn.Module):
     image, levels = 0.0, []
     for i in range(self.depth):
       layer_w = w_of_layer(w, i)
-      x = block(self.num_heads, angles, self.dtype, name=f"block{i}")(
-        x, layer_w
-      )
+      x = block(
+        dict(num_heads=self.num_heads, angles=angles, num_patches=grid**2),
+        implementation=self.implementation,
+        dtype=self.dtype,
+        name=f"block{i}",
+      )(x, layer_w)
       if (i + 1) % (self.depth // self.num_levels) == 0:
         image = image + self._head(len(levels), x, layer_w, grid)
         levels.append(image)
@@ -309,14 +423,12 @@ class Generator(nn.Module):
 
   def _head(self, level, x, w, grid):
     """Maps tokens [B, N, D] and w to an image [B, S, S, 3], float32."""
-    common = dict(kernel_init=_XAVIER, dtype=self.dtype)
     name = f"head{level}"
-    scale = nn.Dense(self.width, name=f"{name}_modulation", **common)(w)
-    y = nn.RMSNorm(
-      EPSILON, dtype=self.dtype, use_scale=False, name=f"{name}_rms"
-    )(x)
-    y = y * (1.0 + scale[:, None])
-    y = nn.Dense(3 * self.patch_size**2, name=f"{name}_rgb", **common)(y)
+    scale = XavierDense(self.width, 1.0, self.dtype, name=f"{name}_modulation")
+    y = RMSNorm(1.0 + scale(w))(x.reshape(-1, self.width)).reshape(x.shape)
+    y = XavierDense(
+      3 * self.patch_size**2, 1.0, self.dtype, name=f"{name}_rgb"
+    )(y)
     y = y.reshape(*y.shape[:2], self.patch_size, self.patch_size, 3)
     return unpatchify(y, grid).astype(jnp.float32)
 
@@ -377,6 +489,7 @@ class Discriminator(nn.Module):
     num_levels: of the images.
     head_dim: features before the class comes in.
     remat: whether the backward pass computes the blocks' insides again.
+    implementation: of `kernels`: "xla", "pallas" or "interpret".
     dtype: of the computation; parameters and logits are float32.
   """
 
@@ -389,6 +502,7 @@ class Discriminator(nn.Module):
   num_levels: int
   head_dim: int
   remat: bool = False
+  implementation: str = "xla"
   dtype: Any = jnp.float32
 
   @staticmethod
@@ -404,27 +518,38 @@ class Discriminator(nn.Module):
     if train and keys is not None and self.num_levels > 1:
       images = add_level_noise(keys, images, self.num_levels)
     grid = self.image_size // self.patch_size
-    common = dict(kernel_init=_XAVIER, dtype=self.dtype)
+    num_patches, group = grid**2, attention.group_size(self.implementation)
     patches = overlapping_patches(images, self.patch_size, 0)
-    x = nn.Dense(self.width, name="embedding", **common)(patches)
+    x = XavierDense(self.width, 1.0, self.dtype, name="embedding")(patches)
     x = x + sine_cosine_positions(grid, self.width).astype(self.dtype)
     class_token = self.param(
       "class_token", nn.initializers.normal(0.02), (1, 1, self.width)
     )
     class_token = jnp.broadcast_to(class_token, (len(x), 1, self.width))
-    # Last, and turned by nothing: it has no position.
-    x = jnp.concatenate([x, class_token.astype(self.dtype)], axis=1)
+    x = attention.pack(x, class_token.astype(self.dtype), group)
     angles = rotary_angles(grid, self.width // self.num_heads)
-    angles = np.pad(angles, ((0, 1), (0, 0)))
+    # A class token has no position: it is turned by nothing.
+    angles = np.pad(np.tile(angles, (group, 1)), ((0, group), (0, 0)))
+
+    def class_tokens(tokens):
+      return attention.unpack(tokens, num_patches, group)[1]
+
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(self.num_heads, angles, self.dtype, name=f"block{i}")(x)
-    y = nn.RMSNorm(EPSILON, dtype=self.dtype, name="rms_out")(x[:, -1])
+      x = block(
+        dict(num_heads=self.num_heads, angles=angles, num_patches=num_patches),
+        # The head looks at nothing else.
+        select=class_tokens if i == self.depth - 1 else None,
+        implementation=self.implementation,
+        dtype=self.dtype,
+        name=f"block{i}",
+      )(x)
+    y = LearnedRMSNorm(name="rms_out").weights(self.width)(x[:, 0])
     # A bfloat16 logit has three digits.
-    y, common["dtype"] = y.astype(jnp.float32), jnp.float32
+    y = y.astype(jnp.float32)
     if not self.num_classes:
-      return nn.Dense(1, name="logit", **common)(y)[:, 0]
-    y = nn.Dense(self.head_dim, name="features", **common)(y)
+      return XavierDense(1, name="logit")(y)[:, 0]
+    y = XavierDense(self.head_dim, name="features")(y)
     embedding = ClassEmbedding(self.num_classes, self.width, name="classes")(
       labels
     )
