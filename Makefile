@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tools of the launchers, which disagree with our packages: one environment each.
 TOOLS := xmanager xpk sky
 
-.PHONY: help install demo test test-slow kills fuzz lint format constraints clean
+.PHONY: help install demo test test-slow kills fuzz soak lint format constraints clean
 
 help:
 	@echo "make install    make .venv and install into it"
@@ -17,6 +17,7 @@ help:
 	@echo "make test       lint and test; what takes minutes: make test-slow"
 	@echo "make kills      kill training 500 times, and see it come to its end"
 	@echo "make fuzz       give 100,000 damaged or odd inputs to what reads"
+	@echo "make soak       train for two hours, and see what memory that takes"
 	@echo "make format     let ruff lay the code out"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
@@ -65,8 +66,8 @@ test: lint
 test-slow: lint $(TOOLS:%=.venv/tools/%/installed)
 	$(BIN)/python -m pytest -o faulthandler_timeout=1800
 
-# Both go on from what is in runs/.
-kills fuzz: .venv/installed-test
+# The first two go on from what is in runs/.
+kills fuzz soak: .venv/installed-test
 	$(BIN)/python -m tests.$@
 
 lint: .venv/installed-test

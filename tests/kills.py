@@ -11,10 +11,15 @@ that was let be, to the last bit; pictures and images must read as whole; and
 nothing must be left under the name of something unfinished. The first run that
 is otherwise ends all, and its folder stays.
 
-Half of the moments are drawn evenly from the seconds of the processor that a
-whole run takes, as those of the clock depend on what else the machine does; the
+A third of the moments are drawn evenly from the seconds of the processor that a
+whole run takes, as those of the clock depend on what else the machine does;
 others are when some file of the run has changed, for the nth time. A kill
 counts if the process died of it.
+
+The rest is by torn.c, where there is a C compiler: within the nth write to a
+file, of which half is done. In one of four cases the process is not killed;
+the disk is full from there on, and the run has to end with a line that says so,
+and to come to the same end when there is room again. These count by themselves.
 
 Every 20th run is scored by EfficientNet at its end, which takes longer than all
 the rest. These share the folder of datasets, and so the features of the real
@@ -24,6 +29,7 @@ What is in --output counts: a harness that was stopped goes on.
 """
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +49,7 @@ from vitgan_jax import cli, files
 
 ROOT = pathlib.Path(__file__).parent.parent
 PHASES = ("start", "preparation", "steps", "save", "evaluation", "end")
+_FULL = os.strerror(errno.ENOSPC)
 _SCORED_EVERY = 20  # runs
 _POLL_SECONDS = 0.005
 _UNFINISHED = re.compile(r"partial|\.tmp|orbax-checkpoint-tmp")
@@ -89,19 +96,29 @@ class _Process:
   Attributes:
     seconds: of the processor that it has taken.
     changes: how often its files were seen to have changed.
+    writes: how many, where they are counted.
     code: that it ended with; negative is the signal that killed it.
     phase: in which that was, one of PHASES.
   """
 
-  def __init__(self, folder, scored, until=lambda process: False):
-    """Waits for the end, or kills it when `until(self)` is true."""
+  def __init__(self, folder, scored, until=lambda process: False, env=()):
+    """Waits for the end, or kills it when `until(self)` is true.
+
+    Args:
+      folder: of the run.
+      scored: whether it is, at its end.
+      until: of `self`.
+      env: variables of its environment, beside those here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    counter = folder.parent / "writes"
+    counter.write_bytes(bytes(8))
     self.seconds, self.changes = 0.0, 0
     places = folder, folder.parent / "scored-datasets"
     self._before = _look(*places)
     last = self._before
     with (
-      open(folder / "log.txt", "w") as log,
+      open(log_of(folder), "w") as log,
       subprocess.Popen(
         _command(folder, scored),
         cwd=folder,
@@ -109,6 +126,9 @@ class _Process:
           **os.environ,
           "JAX_NUM_CPU_DEVICES": "1",
           "PYTHONPATH": str(ROOT),
+          "TORN_ROOT": f"{folder}/",
+          "TORN_COUNTER": str(counter),
+          **dict(env),
         },
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -124,7 +144,8 @@ class _Process:
       finally:
         process.kill()  # nothing, if it has ended
     self.code = process.returncode
-    self.log = (folder / "log.txt").read_text(errors="replace")
+    self.log = log_of(folder).read_text(errors="replace")
+    self.writes = int.from_bytes(counter.read_bytes(), sys.byteorder)
     self.phase = self._phase(_look(*places))
 
   def _see(self, process):
@@ -144,6 +165,11 @@ class _Process:
     if any("checkpoint-tmp" in path for path in new):
       return "save"
     return "evaluation" if "Features of" in self.log else "steps"
+
+
+def log_of(folder):
+  """Returns the path of what the last process of a run's folder printed."""
+  return folder.with_suffix(".txt")
 
 
 def state_hash(workdir):
@@ -233,6 +259,8 @@ class Harness:
     self._path = self._output / "kills.jsonl"
     self._output.mkdir(parents=True, exist_ok=True)
     self._lines = files.read_records(self._path)
+    shim = _compile_shim(self._output)
+    self._shim_env = {"LD_PRELOAD": str(shim)} if shim else {}
 
   @property
   def kills(self):
@@ -260,17 +288,23 @@ class Harness:
       num_kills = sum(self.kills.values())
       if num_kills >= count and not folder.exists():
         return ""
-      until, moment = self._moment(whole, num_kills < count)
-      process = _Process(folder, scored, until)
+      moment, until, env = self._moment(whole, num_kills < count)
+      process = _Process(folder, scored, until, self._shim_env | env)
+      full = "TORN_ERRNO" in env and process.writes >= moment["write"]
       if process.code == -signal.SIGKILL:
         self._add({"phase": process.phase, **moment})
+      elif full and _FULL not in process.log:
+        return f"{folder}: it does not say that the disk is full"
+      elif full and process.code in (0, cli.EXIT_FINAL):
+        self._add({"full": process.phase, **moment})
       elif process.code:
-        return f"{folder}: it ended with {process.code}, see log.txt"
+        return f"{folder}: it ended with {process.code}, see {log_of(folder)}"
       elif fault := fault_of(folder, whole["outcome"]):
         return f"{folder}: {fault}"
       else:
         self._add({"run": self.runs, "scored": scored})
         shutil.rmtree(folder)
+        log_of(folder).unlink()
       num_kills = sum(self.kills.values())
       rate = (num_kills - before) / (time.monotonic() - begun)
       eta = round((count - num_kills) / rate) if rate else 0
@@ -283,7 +317,12 @@ class Harness:
   def __str__(self):
     """Says how many kills were in which phases, and how many runs."""
     phases = ", ".join(f"{k} {v}" for k, v in self.kills.items())
-    return f"{self.runs} runs came to the same end; killed at: {phases}"
+    torn = sum("write" in x and "phase" in x for x in self._lines)
+    full = sum("full" in x for x in self._lines)
+    return (
+      f"{self.runs} runs came to the same end; killed at: {phases}; "
+      f"{torn} within a write; {full} times the disk was full"
+    )
 
   def _add(self, line):
     files.append_record(self._path, line)
@@ -298,7 +337,7 @@ class Harness:
     # The first one compiles, which no other does.
     for _ in range(1 if self._lines else 2):
       shutil.rmtree(folder, ignore_errors=True)
-      process = _Process(folder, scored)
+      process = _Process(folder, scored, env=self._shim_env)
       if process.code:
         raise RuntimeError(f"a run that is let be fails: {process.log}")
     self._add(
@@ -306,22 +345,57 @@ class Harness:
         "whole": scored,
         "seconds": process.seconds,
         "changes": process.changes,
+        "writes": process.writes,
         "outcome": outcome(folder),
       }
     )
     return self._lines[-1]
 
   def _moment(self, whole, wanted):
-    """Draws when to kill; returns a function of _Process, and a record."""
+    """Draws when to end a process.
+
+    Args:
+      whole: record of a run that was let be.
+      wanted: whether it is to be ended at all.
+
+    Returns:
+      A record, a function of _Process that says when to kill it, and
+      variables of its environment.
+    """
+
+    def let_be(process):
+      return False
+
     if not wanted:
-      return lambda process: False, {}
+      return {}, let_be, {}
     # The same after a restart, and another after each kill and each run.
     rng = random.Random(len(self._lines))
-    if rng.random() < 0.5:
+    kinds = ["seconds", "changes", "write"]
+    kind = rng.choice(kinds if self._shim_env else kinds[:-1])
+    if kind == "seconds":
       seconds = rng.uniform(0, whole["seconds"])
-      return lambda x: x.seconds >= seconds, {"seconds": round(seconds, 3)}
-    changes = rng.randint(1, whole["changes"])
-    return lambda x: x.changes >= changes, {"changes": changes}
+      return {kind: round(seconds, 3)}, lambda x: x.seconds >= seconds, {}
+    if kind == "changes":
+      changes = rng.randint(1, whole["changes"])
+      return {kind: changes}, lambda x: x.changes >= changes, {}
+    write = rng.randint(1, whole["writes"])
+    env = {"TORN_AT": str(write)}
+    if rng.random() < 0.25:
+      env["TORN_ERRNO"] = str(errno.ENOSPC)
+    return {kind: write}, let_be, env
+
+
+def _compile_shim(output):
+  """Returns the path of torn.c, compiled; None without a C compiler."""
+  if (compiler := shutil.which("cc")) is None:
+    return None
+  shim = output / "torn.so"
+  source = pathlib.Path(__file__).with_name("torn.c")
+  subprocess.run(
+    [compiler, "-O1", "-Wall", "-shared", "-fPIC", source, "-o", shim, "-ldl"],
+    check=True,
+  )
+  return shim
 
 
 def main(arguments):
