@@ -180,9 +180,8 @@ def test_rotary_positions_count_by_their_distance_alone():
   rng = np.random.default_rng(0)
   q, k = rng.normal(size=(2, 8)).astype(np.float32)
   angles = gat.rotary_angles(5, 8)
-  shape = (1, 25, 1, 8)
   queries, keys = (
-    np.asarray(gat.rotate(jnp.broadcast_to(x, shape), angles))[0, :, 0]
+    np.asarray(gat.rotate(jnp.broadcast_to(x, (25, 8)), angles, 1))
     for x in (q, k)
   )
   products = (queries @ keys.T).reshape(5, 5, 5, 5)
