@@ -9,10 +9,10 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.models.layers import conv3x3
 from vitgan_jax.models.spectral_norm import SpectralNorm
 from vitgan_jax.partitioning import BATCH_AXES
 
@@ -45,7 +45,7 @@ class Conv(nn.Module):
 
   Attributes:
     features: output channels.
-    size: pixels along a side of the kernel, or 0.
+    size: pixels along a side of the kernel, 1 or 3, or 0.
     kernel_init: "orthogonal" or "normal", of standard deviation 0.02.
     use_bias: whether there is a bias, 0 at init.
     dtype: of the computation.
@@ -64,12 +64,10 @@ class Conv(nn.Module):
     kernel = self.param("kernel", _INITS[self.kernel_init], shape)
     kernel = SpectralNorm("sn", name="norm")(kernel).astype(self.dtype)
     x = x.astype(self.dtype)
-    if self.size:
-      x = lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-      )
+    if self.size == 3:
+      x = conv3x3(x, kernel)
     else:
-      x = x @ kernel
+      x = x @ kernel.reshape(-1, self.features)
     if not self.use_bias:
       return x
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
