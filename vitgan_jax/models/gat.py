@@ -82,10 +82,8 @@ def rotate(x, angles, num_heads):
   right_angle = np.kron(np.eye(num_heads), np.kron([[0, 1], [-1, 0]], half))
   angles = np.tile(angles, (1, 2 * num_heads))
   turned = x.reshape(-1, x.shape[-1]) @ right_angle.astype(x.dtype)
-  cosine, sine = jnp.cos(angles), jnp.sin(angles)
-  return x * cosine.astype(x.dtype) + turned.reshape(x.shape) * sine.astype(
-    x.dtype
-  )
+  cosine, sine = (f(angles).astype(x.dtype) for f in (np.cos, np.sin))
+  return x * cosine + turned.reshape(x.shape) * sine
 
 
 @flax.struct.dataclass
