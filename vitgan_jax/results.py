@@ -354,8 +354,9 @@ def draw_curves(path, rows, protocol_records):
     values = [[value for value, _ in points[k]] for k in kimg]
     minutes = [np.mean([m for _, m in points[k]]) for k in kimg]
     style = dict(color=f"C{number % 10}")
+    line = ("o-", "s--", "^:")[number // 10 % 3]  # there are ten colours
     for axis, x in zip(axes, (kimg, minutes)):
-      axis.plot(x, [*map(np.mean, values)], "o-", label=row, ms=4, **style)
+      axis.plot(x, [*map(np.mean, values)], line, label=row, ms=4, **style)
       axis.fill_between(
         x, [*map(min, values)], [*map(max, values)], alpha=0.2, **style
       )
