@@ -5,7 +5,9 @@
 
 has each in a size that two cores carry, --config=configs/cifar10.py in its own.
 Images, augmentation and the average of the generator are those of the config;
-networks, objective and rates are each system's, as in its own config.
+networks, objective and rates are each system's, as in its own config, but for
+BigGAN, whose rates and steps of the discriminator are for runs of some hundred
+thousand images: docs/lab_book.md.
 """
 
 
@@ -72,10 +74,11 @@ SYSTEMS = {
   "biggan": {
     **_kinds("biggan", "biggan"),
     "data.num_classes": 10,
-    "d_steps": 4,
+    "d_steps": 2,
     "loss.adversarial": "hinge",
     "loss.bcr_weight": 0.0,
-    **_rates(2e-4, b2=0.999),
+    **_rates(4e-4, b2=0.999),
+    "d_optimizer.learning_rate": 8e-4,
   },
   "transgan": {
     **_kinds("transgan", "transgan"),
