@@ -220,8 +220,9 @@ def test_there_are_generators_that_come_along():
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.parent.name)
 def test_generator_that_comes_along_opens(path):
   generator = vitgan_jax.load(path.parent)
-  assert generator.step > 10_000
-  num_classes = generator.config.data.num_classes
+  config = generator.config
+  assert generator.step * config.batch_size * config.d_steps > 300_000
+  num_classes = config.data.num_classes
   assert len(generator.class_names) == num_classes
   latents = np.ones((1, generator.generator.latent_dim), np.float32)
   w = generator.mapping(latents, np.zeros(1, int) if num_classes else None)
