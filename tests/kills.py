@@ -90,6 +90,10 @@ def _look(*folders):
   return found
 
 
+def _never(process):
+  return False
+
+
 class _Process:
   """A started command.
 
@@ -101,14 +105,14 @@ class _Process:
     phase: in which that was, one of PHASES.
   """
 
-  def __init__(self, folder, scored, until=lambda process: False, env=()):
+  def __init__(self, folder, scored, env, until=_never):
     """Waits for the end, or kills it when `until(self)` is true.
 
     Args:
       folder: of the run.
       scored: whether it is, at its end.
-      until: of `self`.
       env: variables of its environment, beside those here.
+      until: of `self`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counter = folder.parent / "writes"
@@ -128,7 +132,7 @@ class _Process:
           "PYTHONPATH": str(ROOT),
           "TORN_ROOT": f"{folder}/",
           "TORN_COUNTER": str(counter),
-          **dict(env),
+          **env,
         },
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -289,7 +293,7 @@ class Harness:
       if num_kills >= count and not folder.exists():
         return ""
       moment, until, env = self._moment(whole, num_kills < count)
-      process = _Process(folder, scored, until, self._shim_env | env)
+      process = _Process(folder, scored, self._shim_env | env, until)
       full = "TORN_ERRNO" in env and process.writes >= moment["write"]
       if process.code == -signal.SIGKILL:
         self._add({"phase": process.phase, **moment})
@@ -337,7 +341,7 @@ class Harness:
     # The first one compiles, which no other does.
     for _ in range(1 if self._lines else 2):
       shutil.rmtree(folder, ignore_errors=True)
-      process = _Process(folder, scored, env=self._shim_env)
+      process = _Process(folder, scored, self._shim_env)
       if process.code:
         raise RuntimeError(f"a run that is let be fails: {process.log}")
     self._add(
@@ -362,12 +366,8 @@ class Harness:
       A record, a function of _Process that says when to kill it, and
       variables of its environment.
     """
-
-    def let_be(process):
-      return False
-
     if not wanted:
-      return {}, let_be, {}
+      return {}, _never, {}
     # The same after a restart, and another after each kill and each run.
     rng = random.Random(len(self._lines))
     kinds = ["seconds", "changes", "write"]
@@ -382,7 +382,7 @@ class Harness:
     env = {"TORN_AT": str(write)}
     if rng.random() < 0.25:
       env["TORN_ERRNO"] = str(errno.ENOSPC)
-    return {kind: write}, let_be, env
+    return {kind: write}, _never, env
 
 
 def _compile_shim(output):

@@ -128,7 +128,7 @@ def main(arguments):
   cli.no_arguments(arguments)
   output = pathlib.Path(flags.FLAGS.output).absolute()
   files.check_new(output)
-  output.mkdir(parents=True)
+  output.mkdir(parents=True, exist_ok=True)
   records, code = soak(flags.FLAGS.hours, output)
   if code != cli.EXIT_STOPPED:
     cli.fail(f"it ended with {code}: see {output}/log.txt", cli.EXIT_FAILED)
