@@ -21,9 +21,9 @@ from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.generator import normalise_second_moment
-from vitgan_jax.models.layers import Dense, Linear, w_of_layer
+from vitgan_jax.models.layers import Dense, Linear, normalise, w_of_layer
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
-from vitgan_jax.models.transformer import check_grid, project, sow_attention
+from vitgan_jax.models.transformer import attend, check_grid, project
 
 EPSILON = 1e-6
 
@@ -79,10 +79,14 @@ def rotate(x, angles, num_heads):
     num_heads: divides D.
   """
   half = np.eye(angles.shape[-1])
-  right_angle = np.kron(np.eye(num_heads), np.kron([[0, 1], [-1, 0]], half))
-  angles = np.tile(angles, (1, 2 * num_heads))
-  turned = x.reshape(-1, x.shape[-1]) @ right_angle.astype(x.dtype)
-  cosine, sine = (f(angles).astype(x.dtype) for f in (np.cos, np.sin))
+  right_angle = np.kron([[0, 1], [-1, 0]], half).astype(x.dtype)
+  # Made of small parts in the program, which would hold them for each layer.
+  right_angle = jnp.kron(jnp.eye(num_heads, dtype=x.dtype), right_angle)
+  cosine, sine = (
+    jnp.tile(f(angles).astype(x.dtype), (1, 2 * num_heads))
+    for f in (np.cos, np.sin)
+  )
+  turned = x.reshape(-1, x.shape[-1]) @ right_angle
   return x * cosine + turned.reshape(x.shape) * sine
 
 
@@ -238,18 +242,7 @@ class Attention(nn.Module):
     queries, keys = (
       rotate(y, self.angles, self.num_heads) for y in (queries, keys)
     )
-    if self.implementation == "xla":
-      sow_attention(self, queries, keys, self.num_heads, "dot")
-    attended = attention.attend(
-      queries,
-      keys,
-      values,
-      num_patches=self.num_patches,
-      num_heads=self.num_heads,
-      kind="dot",
-      implementation=self.implementation,
-    )
-    return x, attended, layer("out")
+    return x, attend(self, queries, keys, values, "dot"), layer("out")
 
 
 def swiglu(x, mlp_gate, mlp_in, mlp_out):
@@ -469,7 +462,7 @@ class Generator(nn.Module):
     """Maps tokens [B, N, D] and w to an image [B, S, S, 3], float32."""
     name = f"head{level}"
     scale = XavierDense(self.width, 1.0, self.dtype, name=f"{name}_modulation")
-    y = RMSNorm(1.0 + scale(w))(x.reshape(-1, self.width)).reshape(x.shape)
+    y = apply_rows(normalise, x, RMSNorm(1.0 + scale(w)))
     y = XavierDense(
       3 * self.patch_size**2, 1.0, self.dtype, name=f"{name}_rgb"
     )(y)

@@ -79,26 +79,37 @@ def relative_entropy(weights):
   return jnp.mean(entropy) / np.log(weights.shape[-1])
 
 
-def sow_attention(module, queries, keys, num_heads, kind):
-  """Shows a layer's attention where a caller asks for intermediates.
+def attend(module, queries, keys, values, kind):
+  """Returns `kernels.attention.attend` of a layer.
+
+  The plain form shows it where a caller asks for intermediates.
 
   Args:
-    module: the layer.
-    queries: [B, N, D].
+    module: the layer, with num_heads, num_patches and implementation.
+    queries: see there, as the others.
     keys: likewise.
-    num_heads: H.
+    values: likewise.
     kind: "l2" or "dot".
   """
-  if not module.is_mutable_collection("intermediates"):
-    return
-  weights = attention_kernel.attention_weights(
-    attention_kernel.split_heads(queries, num_heads),
-    attention_kernel.split_heads(keys, num_heads),
-    kind,
+  plain = module.implementation == "xla"
+  if plain and module.is_mutable_collection("intermediates"):
+    weights = attention_kernel.attention_weights(
+      attention_kernel.split_heads(queries, module.num_heads),
+      attention_kernel.split_heads(keys, module.num_heads),
+      kind,
+    )
+    module.sow("intermediates", "attention_entropy", relative_entropy(weights))
+    weights = weights.reshape(-1, module.num_heads, *weights.shape[1:])
+    module.sow("intermediates", "attention_weights", weights)
+  return attention_kernel.attend(
+    queries,
+    keys,
+    values,
+    num_patches=module.num_patches,
+    num_heads=module.num_heads,
+    kind=kind,
+    implementation=module.implementation,
   )
-  module.sow("intermediates", "attention_entropy", relative_entropy(weights))
-  weights = weights.reshape(-1, num_heads, *weights.shape[1:])
-  module.sow("intermediates", "attention_weights", weights)
 
 
 class MultiHeadAttention(nn.Module):
@@ -169,17 +180,7 @@ class MultiHeadAttention(nn.Module):
       layers = [layer.weights(width) for layer in layers]
       h, *projected = rows(project, h, norm, layers=layers)
     queries, keys, values = projected[0], projected[-2], projected[-1]
-    if self.implementation == "xla":
-      sow_attention(self, queries, keys, self.num_heads, self.kind)
-    attended = attention_kernel.attend(
-      queries,
-      keys,
-      values,
-      num_patches=self.num_patches,
-      num_heads=self.num_heads,
-      kind=self.kind,
-      implementation=self.implementation,
-    )
+    attended = attend(self, queries, keys, values, self.kind)
     return h, attended, Dense(width, name="out", **common).weights(width)
 
 
