@@ -186,6 +186,8 @@ def _train(config, workdir, rewinds):
             jax.profiler.StepTraceAnnotation("train", step_num=step)
           )
           state, metrics = train_steps(state, batch, step)
+        if step == first_step:
+          processes.release_memory()
         if pending:
           _finish_call(config, progress, writer, *pending)
         step += config.steps_per_call
@@ -217,6 +219,8 @@ def _train(config, workdir, rewinds):
           _evaluate(
             evaluator, config, workdir, state, batches.state_at(step), writer
           )
+        if draws or saves or scores:
+          processes.release_memory()
         if stopping:
           break
     except TrainingDivergedError as error:
