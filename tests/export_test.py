@@ -149,6 +149,7 @@ def test_card_says_what_it_is_and_its_program_runs(
   }
   card = (folder / "README.md").read_text()
   for words in (
+    "pipeline_tag: unconditional-image-generation\ntags: [gan, jax]",
     "sklearn_digits, train, 16 x 16 pixels",
     "Licence of the images: BSD 3-Clause",
     "Trained for: 0.064 kimg (thousands of real images), 8 steps",
@@ -172,6 +173,7 @@ def test_card_of_classes_has_their_names_and_a_program_that_runs(
   generator.class_names = ["a", "b", "c"]
   card = export._card(tmp_path, generator, "stablehlo", "")
   assert "Classes: a, b, c" in card
+  assert "unconditional" not in card and "class-conditional" in card
   assert "Licence of the images: unknown" in card
   (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
   (tmp_path / "generator.stablehlo").write_bytes(export.to_stablehlo(generator))

@@ -277,11 +277,13 @@ def _card(workdir, trained, file_format, data_license):
     "Seed": config.seed,
     "Made by": f"vitgan_jax {__version__}; all settings are in config.json",
   }
+  # Hugging Face has a name for the task of a generator without classes alone.
+  task = "" if num_classes else "unconditional-image-generation"
   lines = [
     "---",
     "library_name: vitgan_jax",
-    "pipeline_tag: unconditional-image-generation",
-    "tags: [gan, jax]",
+    *[f"pipeline_tag: {task}"] * bool(task),
+    f"tags: [gan, jax{', class-conditional' * bool(num_classes)}]",
     "---",
     "",
     f"# {config.data.dataset}, {config.data.image_size} px, "
