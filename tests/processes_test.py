@@ -1,6 +1,10 @@
 import contextlib
+import ctypes
+import os
+import pathlib
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -240,3 +244,26 @@ def test_four_processes_share_a_state_and_train_and_sample_as_one(tmp_path):
   assert last_step(four) == last_step(one.workdir) == 2
   names = {path.name for path in (four / "samples_seed0").iterdir()}
   assert names == {"000000.png", "000001.png", "000002.png", "grid.png"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
+def test_freed_memory_goes_back_to_the_system():
+  libc = ctypes.CDLL(None)
+  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  libc.free.argtypes = [ctypes.c_void_p]
+
+  def megabytes():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+  # Too small to be given back one by one; the last one holds the heap's end.
+  blocks = [libc.malloc(100_000) for _ in range(1000)]
+  for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+  for block in blocks[:-1]:
+    libc.free(block)
+  kept = megabytes()
+  processes.release_memory()
+  released = kept - megabytes()
+  libc.free(blocks[-1])
+  assert released > 80
