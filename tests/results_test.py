@@ -98,6 +98,23 @@ def test_runs_of_one_config_share_a_row_of_means_and_deviations(tmp_path):
   )
 
 
+def test_run_from_before_a_field_shares_the_row_of_its_default(tmp_path):
+  for seed in range(2):
+    make(tmp_path / f"seed={seed}", {400.0: 50.0}, seed=seed)
+    path = tmp_path / f"seed={seed}" / "config.json"
+    config = json.loads(path.read_text())
+    config["generator"] = {"kind": "vitgan"}
+    if seed:
+      config |= {
+        "init_from": "",
+        "generator": {"kind": "vitgan", "grey": False},
+      }
+    path.write_text(json.dumps(config))
+  text = pages([tmp_path], tmp_path / "out")
+  table = table_of(text, "The last scores of each run")
+  assert table["runs"][0] == "2"
+
+
 def test_runs_of_unequal_length_are_compared_at_equal_images_and_time(tmp_path):
   fast = {100.0: 90.0, 200.0: 60.0, 400.0: 40.0}
   make(tmp_path / "fast", fast, rate=1000.0)

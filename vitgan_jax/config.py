@@ -295,6 +295,18 @@ def config_path(workdir):
   return epath.Path(workdir) / "config.json"
 
 
+def later_fields(values):
+  """Returns {name: value} of what a run from before some field was has not.
+
+  Args:
+    values: of its config, as `flatten` returns them.
+  """
+  from vitgan_jax.models import networks  # it imports this module
+
+  later = _LATER | networks.later_fields(values)
+  return {name: x for name, x in later.items() if name not in values}
+
+
 def load(workdir):
   """Returns the config that made a workdir.
 
@@ -313,9 +325,7 @@ def load(workdir):
   try:
     values = parse_json(path.read_text(), object_hook=_with_tuples)
     config = ml_collections.ConfigDict(values)
-    missing = _LATER.keys() - flatten(config).keys()
-    config.update_from_flattened_dict({x: _LATER[x] for x in missing})
-    networks.with_later_fields(config)
+    config.update_from_flattened_dict(later_fields(flatten(config)))
     config.lock()
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedError(

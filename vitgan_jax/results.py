@@ -35,6 +35,7 @@ from vitgan_jax.config import (
   MAY_CHANGE,
   ConfigError,
   flatten,
+  later_fields,
   parse_json,
   without_paths,
 )
@@ -104,6 +105,7 @@ def read_run(folder):
   if not files.has_form(config, {"total_kimg": files.NUMBER}):
     return Run(folder.name, folder)
   config = flatten(config)
+  config |= later_fields(config)
   records = files.read_records(folder / "scores.jsonl", _SCORES)
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")

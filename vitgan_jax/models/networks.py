@@ -264,13 +264,19 @@ def fields_of(network, name):
   return {"kind": name, **kind_of(network, name).fields}
 
 
-def with_later_fields(config):
-  """Gives the networks' parts of a run's config the fields that came later."""
-  for network, table in TABLES.items():
-    fields = config.get(network, {})
-    if fields.get("kind") in table:
-      for name, value in table[fields.kind].later.items():
-        fields[name] = fields.get(name, value)
+def later_fields(values):
+  """Returns what came later to the networks of a config, by dotted names.
+
+  Args:
+    values: of the config, as `config.flatten` returns them.
+  """
+  return {
+    f"{network}.{name}": value
+    for network, table in TABLES.items()
+    for kind in table
+    if values.get(f"{network}.kind") == kind
+    for name, value in table[kind].later.items()
+  }
 
 
 def different_fields(config, network):
