@@ -7,10 +7,14 @@ import sys
 import tempfile
 
 # Read when JAX starts its backend. Optimised code runs these toy sizes no
-# faster, and takes twice as long to compile.
+# faster, and takes twice as long to compile; so do fusions by MLIR.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
 )
 # A background job of a script has it ignored, and so would all that tests start
 # and interrupt.

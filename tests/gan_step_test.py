@@ -586,7 +586,7 @@ GOLDEN = {
   },
   "hidden": {
     "loss/d": 2.0,
-    "loss/g": -0.1576744,
+    "loss/g": -0.1595940,
     "penalty/bcr": 0.02843894,
     "penalty/r1": 0.0,
     "scores/fake": 0.1856046,
