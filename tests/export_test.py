@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import cifar16, digits
 from tests import runs
 from tests.trained_test import untrained
 from vitgan_jax import config as config_lib
 from vitgan_jax import export, sample, trained
 from vitgan_jax.config import ConfigError
+from vitgan_jax.models import networks
 
 
 def generator_of(kind, num_classes=0):
@@ -60,6 +61,22 @@ def test_program_of_jax_is_the_generator_in_any_batch(kind, num_classes):
     if kind == "stylegan2":  # it has noise
       others = program.call(latents, *labels, np.float32(1), np.uint32(8))
       assert np.abs(images - others).mean() > 0.01
+
+
+@pytest.mark.parametrize("kind", networks.GENERATORS)
+def test_every_generator_can_be_traced_for_any_batch(kind):
+  config = cifar16.get_config(f"g={kind}")
+  if kind == "biggan":
+    config.generator.attention_resolution = 8
+  generator = networks.build(config).generator
+  (batch,) = jax.export.symbolic_shape("b")
+  one, many = (
+    jax.ShapeDtypeStruct((count, generator.latent_dim), np.float32)
+    for count in (1, batch)
+  )
+  variables = jax.eval_shape(generator.init, jax.random.key(0), one)
+  images = jax.eval_shape(generator.apply, variables, many)
+  assert images.shape == (batch, 16, 16, 3)
 
 
 def test_truncation_of_a_program_is_that_of_samples():

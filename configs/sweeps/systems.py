@@ -6,8 +6,8 @@
 has each in a size that two cores carry, --config=configs/cifar10.py in its own.
 Images, augmentation and the average of the generator are those of the config;
 networks, objective and rates are each system's, as in its own config, but for
-BigGAN, whose rates and steps of the discriminator are for runs of some hundred
-thousand images: docs/lab_book.md.
+BigGAN and TransGAN, whose rates and steps of the discriminator are for runs of
+some hundred thousand images: docs/lab_book.md.
 """
 
 
@@ -82,12 +82,13 @@ SYSTEMS = {
   },
   "transgan": {
     **_kinds("transgan", "transgan"),
-    "d_steps": 4,
+    "d_steps": 2,
     "loss.adversarial": "wasserstein",
     "loss.bcr_weight": 0.0,
     "loss.gp_weight": 10.0,
     "loss.drift_weight": 1e-3,
-    **_rates(1e-4, clip_norm=5.0),
+    **_rates(5e-4, clip_norm=5.0),
+    "d_optimizer.learning_rate": 1e-3,
   },
   "gat": {
     **_kinds("gat", "gat"),

@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Maps [B, H, W, C] to the same shape; the identity at init."""
-    batch, channels = len(x), x.shape[-1]
+    batch, channels = x.shape[0], x.shape[-1]
 
     def project(x, features, name):
       conv = Conv(features, 1, self.kernel_init, False, self.dtype, name=name)

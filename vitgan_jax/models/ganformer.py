@@ -156,7 +156,7 @@ class Layer(nn.Module):
     size = x.shape[1]
     attention = LatentAttention(self.dropout, self.dtype, name="attention")
     x = attention(
-      x.reshape(len(x), size**2, -1),
+      x.reshape(x.shape[0], size**2, -1),
       w[:, :-1],
       grid_positions(size, w.shape[-1]),
       positions,
@@ -241,7 +241,7 @@ class Generator(nn.Module):
 
   def mapping(self, latents, labels=None):
     """Maps latents [B, latent_dim] to w [B, num_latents + 1, W]."""
-    z = latents.reshape(len(latents), -1, self.component_dim)
+    z = latents.reshape(latents.shape[0], -1, self.component_dim)
     z = normalise_second_moment(z)
     local = self.local_mapping(z[:, :-1], self.positions)
     return jnp.concatenate([local, self.global_mapping(z[:, -1:])], axis=1)
@@ -277,7 +277,7 @@ class Generator(nn.Module):
 
     shape = (4, 4, widths[4])
     x = self.param("constant", nn.initializers.normal(1.0), shape)
-    x = jnp.broadcast_to(x.astype(self.dtype), (len(w), *shape))
+    x = jnp.broadcast_to(x.astype(self.dtype), (w.shape[0], *shape))
     x = layer(0, x)
     for i in range(1, len(layers), 2):
       resolution = layers[i]

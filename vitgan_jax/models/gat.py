@@ -103,7 +103,7 @@ class Scale:
 
   def __call__(self, x):
     """Maps rows [R, D] to [R, D]."""
-    y = x.reshape(len(self.scale), -1, x.shape[-1])
+    y = x.reshape(self.scale.shape[0], -1, x.shape[-1])
     return (y * self.scale[:, None].astype(x.dtype)).reshape(x.shape)
 
 
