@@ -54,7 +54,7 @@ from vitgan_jax.metrics import features
         "d_steps": 2,
         "steps_per_call": 1,
       },
-      [],
+      ["sigma"],
       marks=pytest.mark.slow,
     ),
     pytest.param(
