@@ -44,16 +44,17 @@ def initial_state(config, nets, mesh):
   shapes = jax.eval_shape(lambda: create_train_state(config, nets))
   taken, line = _take(config, shapes)
 
-  def create(taken):
-    state = create_train_state(config, nets)
+  def replace(state, taken):
     replaced = {
       field: _put(getattr(state, field), values)
       for field, values in taken.items()
     }
     return state.replace(**replaced)
 
-  create = jax.jit(create, out_shardings=state_shardings(config, nets, mesh))
-  return create(taken), line
+  # The rest is that of any run, to the last bit: of the same program.
+  state = init_train_state(config, nets, mesh)
+  replace = jax.jit(replace, out_shardings=state_shardings(config, nets, mesh))
+  return replace(state, taken), line
 
 
 def _take(config, shapes):
