@@ -105,10 +105,8 @@ def test_run_from_before_a_field_shares_the_row_of_its_default(tmp_path):
     config = json.loads(path.read_text())
     config["generator"] = {"kind": "vitgan"}
     if seed:
-      config |= {
-        "init_from": "",
-        "generator": {"kind": "vitgan", "grey": False},
-      }
+      config["init_from"] = ""
+      config["generator"]["grey"] = False
     path.write_text(json.dumps(config))
   text = pages([tmp_path], tmp_path / "out")
   table = table_of(text, "The last scores of each run")

@@ -277,12 +277,11 @@ def _card(workdir, trained, file_format, data_license):
     "Seed": config.seed,
     "Made by": f"vitgan_jax {__version__}; all settings are in config.json",
   }
-  # Hugging Face has a name for the task of a generator without classes alone.
-  task = "" if num_classes else "unconditional-image-generation"
   lines = [
     "---",
     "library_name: vitgan_jax",
-    *[f"pipeline_tag: {task}"] * bool(task),
+    # Hugging Face has no name for the task of a generator with classes.
+    *["pipeline_tag: unconditional-image-generation"] * (not num_classes),
     f"tags: [gan, jax{', class-conditional' * bool(num_classes)}]",
     "---",
     "",
