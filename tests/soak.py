@@ -4,10 +4,11 @@ r"""Trains the demo for hours, and looks whether it takes ever more.
   python -m tests.soak --hours=2 --output=runs/soak
 
 Memory, open files and threads of the process are noted every 10 s, and what it
-compiles; checkpoints, samples and scores come every few minutes. The first
-third of the time counts as a start. Of the rest, the line that fits memory best
-has a slope, in MB an hour; nothing must be compiled; and open files and threads
-must end where they began. soak.jsonl in --output has all of it, for a plot.
+compiles; checkpoints, samples and scores come every few minutes. All until the
+second scores, and a third of the time at least, counts as a start. Of the rest,
+the line that fits memory best has a slope, in MB an hour; nothing must be
+compiled; and open files and threads must end where they began. soak.jsonl in
+--output has all of it, for a plot.
 """
 
 import datetime
@@ -24,6 +25,7 @@ from vitgan_jax import cli, files
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 10.0  # from one look to the next
+_START_SCORES = 2  # until then, things happen for the first time
 _COMPILED = "Finished XLA compilation"  # what JAX says of each program
 
 
@@ -45,12 +47,13 @@ def command(output):
   ]
 
 
-def look(pid, log):
+def look(pid, log, scores):
   """Returns what a process takes: memory in MB, open files, threads, programs.
 
   Args:
     pid: of the process.
     log: path of what it printed.
+    scores: path of its scores, which need not be there yet; counted, too.
   """
   status = pathlib.Path(f"/proc/{pid}/status").read_text()
   fields = dict(line.split(":", 1) for line in status.splitlines())
@@ -59,21 +62,29 @@ def look(pid, log):
     "files": len(os.listdir(f"/proc/{pid}/fd")),
     "threads": int(fields["Threads"]),
     "programs": log.read_text(errors="replace").count(_COMPILED),
+    "scores": len(scores.read_text().splitlines()) if scores.exists() else 0,
   }
 
 
 def summary(records):
-  """Returns what the records of all but the first third of the time come to.
+  """Returns what the records of all but the start come to.
 
   Args:
     records: of `look`, each with its "seconds".
+
+  Raises:
+    ValueError: there were no second scores.
 
   Returns:
     {"hours", "memory", "memory_slope" in MB an hour, "files", "threads": (at
     first, at last) as medians of a tenth of the time, "programs": compiled}.
   """
-  seconds = np.array([x["seconds"] for x in records])
-  records = [x for x in records if x["seconds"] >= seconds[-1] / 3]
+  third = max((x["seconds"] for x in records), default=0.0) / 3
+  records = [
+    x for x in records if x["seconds"] >= third and x["scores"] >= _START_SCORES
+  ]
+  if not records:
+    raise ValueError(f"not scored {_START_SCORES} times; give it more --hours")
   columns = {
     name: np.array([x[name] for x in records])
     for name in ("seconds", "memory", "files", "threads", "programs")
@@ -99,6 +110,7 @@ def summary(records):
 def soak(hours, output):
   """Trains for so long; returns the records, and the process's exit code."""
   log, records = output / "log.txt", []
+  scores = output / "run" / "scores.jsonl"
   begin = time.monotonic()
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_LOG_COMPILES": "1"}
   with (
@@ -112,7 +124,7 @@ def soak(hours, output):
         time.sleep(SECONDS)
         if process.poll() is not None:
           break
-        record = {"seconds": seconds, **look(process.pid, log)}
+        record = {"seconds": seconds, **look(process.pid, log, scores)}
         files.append_record(output / "soak.jsonl", record)
         records.append(record)
         if len(records) % 30 == 0:
@@ -132,7 +144,11 @@ def main(arguments):
   records, code = soak(flags.FLAGS.hours, output)
   if code != cli.EXIT_STOPPED:
     cli.fail(f"it ended with {code}: see {output}/log.txt", cli.EXIT_FAILED)
-  for name, value in summary(records).items():
+  try:
+    taken = summary(records)
+  except ValueError as error:
+    cli.fail(str(error), cli.EXIT_FAILED)
+  for name, value in taken.items():
     print(f"{name}: {value}")
 
 
