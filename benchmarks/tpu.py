@@ -73,7 +73,7 @@ class Program(NamedTuple):
     function: under `jax.jit`.
     args: pytrees of `jax.ShapeDtypeStruct`s.
     dtype: in which it computes.
-    images_per_chip: of its batch.
+    images_per_chip: that a call takes.
     implementations: see `networks.with_kernels`.
   """
 
@@ -199,7 +199,7 @@ def programs(config, mesh):
     networks.build(config), mesh, config.batch_size, config.accumulation
   )
   state = state_shapes(config, nets, mesh)
-  shape = (1, 1, config.batch_size)
+  shape = (1, config.d_steps, config.batch_size)
   batch = {"images": images(*shape, size, size, 3, axis=2), "labels": None}
   if config.data.num_classes:
     batch["labels"] = images(*shape, axis=2, dtype=jnp.int32)
@@ -209,7 +209,7 @@ def programs(config, mesh):
     make_train_steps(config, nets, mesh),
     (state, batch, number),
     config.dtype,
-    config.batch_size // mesh.size,
+    config.d_steps * config.batch_size // mesh.size,
     implementations,
   )
   yield Program(

@@ -26,7 +26,9 @@ def run(config, seconds):
   )
   state = init_train_state(config, nets, mesh)
   size = config.data.image_size
-  shape = (config.steps_per_call, 1, config.batch_size, size, size, 3)
+  images_per_step = config.d_steps * config.batch_size
+  shape = (config.steps_per_call, config.d_steps, config.batch_size)
+  shape = (*shape, size, size, 3)
   host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   labels = None
   if config.data.num_classes:
@@ -60,11 +62,11 @@ def run(config, seconds):
       "calls": calls,
       "compile_seconds": round(compile_seconds, 2),
       "step_ms": round(1000 * step_seconds, 3),
-      "images_per_sec": round(config.batch_size / step_seconds, 1),
+      "images_per_sec": round(images_per_step / step_seconds, 1),
       **note,
       **peer.figures(
         "images_per_sec",
-        config.steps_per_call * config.batch_size,
+        config.steps_per_call * images_per_step,
         medians[0],
         dict(zip(theirs, medians[1:])),
       ),

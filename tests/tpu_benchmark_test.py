@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import hlo, tpu
 from benchmarks.flops import model_flops
-from configs import cifar10
+from configs import cifar10, digits
 from tests import runs
 from vitgan_jax.config import ConfigError
 
@@ -165,6 +165,17 @@ def test_flops_of_a_step_are_those_of_its_passes():
   np.testing.assert_allclose(
     model_flops(step.function, *step.args), formula, rtol=1e-3
   )
+
+
+def test_a_step_takes_a_batch_for_each_step_of_the_discriminator():
+  config = digits.get_config("smoke")
+  flops = []
+  for d_steps in (1, 2, 3):
+    config.d_steps = d_steps
+    step = next(tpu.plain_programs(config, batch_size=8))
+    assert step.images_per_chip == 8 * d_steps
+    flops.append(model_flops(step.function, *step.args))
+  assert flops[0] < flops[1] and flops[2] - flops[1] == flops[1] - flops[0]
 
 
 # Inception at its own size takes many minutes: one test does without it, as
