@@ -1,10 +1,12 @@
 import contextlib
 import ctypes
+import gc
 import os
 import pathlib
 import shutil
 import signal
 import sys
+import weakref
 
 import pytest
 
@@ -267,3 +269,20 @@ def test_freed_memory_goes_back_to_the_system():
   released = kept - megabytes()
   libc.free(blocks[-1])
   assert released > 80
+
+
+def test_what_refers_to_itself_is_released():
+  class Circle:
+    pass
+
+  circle = Circle()
+  circle.itself = circle
+  seen = weakref.ref(circle)
+  gc.disable()  # it may run at any time
+  try:
+    del circle
+    assert seen() is not None
+    processes.release_memory()
+  finally:
+    gc.enable()
+  assert seen() is None
