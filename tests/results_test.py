@@ -98,6 +98,21 @@ def test_runs_of_one_config_share_a_row_of_means_and_deviations(tmp_path):
   )
 
 
+@pytest.mark.parametrize("num_classes, rows", [(0, 1), (10, 2)])
+def test_network_that_maps_classes_counts_where_there_are_classes(
+  num_classes, rows, tmp_path
+):
+  for seed in range(2):
+    make(tmp_path / f"seed={seed}", {400.0: 50.0}, seed=seed)
+    path = tmp_path / f"seed={seed}" / "config.json"
+    config = json.loads(path.read_text())
+    config["data"] = {"num_classes": num_classes}
+    config["discriminator"] = {"kind": "stylegan2", "mapping_depth": 2 + seed}
+    path.write_text(json.dumps(config))
+  table = table_of(pages([tmp_path], tmp_path / "out"), "The last scores of")
+  assert len(table) == 1 + rows
+
+
 def test_run_from_before_a_field_shares_the_row_of_its_default(tmp_path):
   for seed in range(2):
     make(tmp_path / f"seed={seed}", {400.0: 50.0}, seed=seed)
