@@ -14,6 +14,7 @@ compiled; and open files and threads must end where they began. soak.jsonl in
 import datetime
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -138,6 +139,7 @@ def soak(hours, output):
 def main(arguments):
   """Trains, and says what it took."""
   cli.no_arguments(arguments)
+  signal.signal(signal.SIGTERM, lambda *unused: sys.exit(cli.EXIT_FAILED))
   output = pathlib.Path(flags.FLAGS.output).absolute()
   files.check_new(output)
   output.mkdir(parents=True, exist_ok=True)
