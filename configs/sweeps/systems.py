@@ -7,7 +7,8 @@ has each in a size that two cores carry, --config=configs/cifar10.py in its own.
 Images, augmentation and the average of the generator are those of the config;
 networks, objective and rates are each system's, as in its own config, but for
 BigGAN and TransGAN, whose rates and steps of the discriminator are for runs of
-some hundred thousand images: docs/lab_book.md.
+some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and whose
+patches are as many as at 32 px: docs/lab_book.md.
 """
 
 
@@ -38,12 +39,14 @@ SYSTEMS = {
   "vanilla_vit": {
     "generator.latent_injection": "add",
     "generator.patch_decoder": "linear",
+    "generator.patch_size": 2,
     "discriminator.attention": "dot",
     "discriminator.qk_gain": 1.0,
     "discriminator.spectral_norm": "none",
+    "discriminator.patch_size": 2,
     "discriminator.overlap": 0,
     "loss.bcr_weight": 1.0,
-    "loss.r1_gamma": 10.0,
+    "loss.r1_gamma": 0.1,
   },
   # With StyleGAN2's objective. That of its authors, R1 at each step and two
   # augmented views (configs/hybrid_cifar10.py), takes several times as long.
