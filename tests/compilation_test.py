@@ -1,5 +1,8 @@
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -122,6 +125,49 @@ def test_folder_of_the_environment_stays(tmp_path):
   compilation.use_cache(str(tmp_path / "new"))
   assert jax.config.jax_compilation_cache_dir == before
   assert not list(tmp_path.iterdir())
+
+
+_DAMAGES = """
+import pathlib, random, sys, warnings
+import jax
+import numpy as np
+from vitgan_jax import compilation
+
+folder = pathlib.Path(sys.argv[1])
+compilation.use_cache(str(folder))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+x = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+
+def compute():
+  jax.clear_caches()  # those in memory
+  return np.asarray(jax.jit(lambda x: jax.numpy.tanh(x @ x).sum(0))(x))
+
+expected = compute()
+(path,) = folder.glob("jit__lambda*-cache")
+content, rng = path.read_bytes(), random.Random(0)
+for i in range(100):
+  damaged = bytearray(content)
+  place = rng.randrange(len(content))
+  damaged[place] ^= 1 << rng.randrange(8)
+  path.write_bytes(damaged[:place] if i % 10 == 0 else damaged)
+  with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    np.testing.assert_array_equal(compute(), expected)
+  assert "Error reading persistent" in str(told[0].message), told
+print("done")
+"""
+
+
+def test_damaged_program_is_compiled_anew(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-c", _DAMAGES, tmp_path / "programs"],
+    cwd=runs.ROOT,
+    env={k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.stdout == "done\n", result.stderr
 
 
 class _UsedError(Exception):
