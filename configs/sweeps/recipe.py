@@ -13,6 +13,18 @@ FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
 FINE = {"discriminator.patch_size": 2, "discriminator.overlap": 1}
 CONSISTENCY = {"loss.bcr_weight": 1.0}
 SMALL_BATCH = {"batch_size": 16}
+PLAIN = {
+  "discriminator.attention": "dot",
+  "discriminator.qk_gain": 1.0,
+  "discriminator.spectral_norm": "none",
+}
+R1 = {"loss.r1_gamma": 0.1}
+RPGAN = {
+  "loss.adversarial": "rpgan",
+  "loss.r1_gamma": 0.1,
+  "loss.r2_gamma": 0.1,
+  "loss.gradient_penalty": "approximate",
+}
 
 RUNS = {
   "base": CONSISTENCY,
@@ -47,16 +59,9 @@ RUNS = {
     "generator.patch_decoder": "conv",
     "loss.r1_gamma": 0.01,
   },
-  "rpgan": NO_CONSISTENCY
-  | {
-    "discriminator.attention": "dot",
-    "discriminator.qk_gain": 1.0,
-    "discriminator.spectral_norm": "none",
-    "loss.adversarial": "rpgan",
-    "loss.r1_gamma": 0.1,
-    "loss.r2_gamma": 0.1,
-    "loss.gradient_penalty": "approximate",
-  },
+  "rpgan": NO_CONSISTENCY | PLAIN | RPGAN,
+  "fine_r1": NO_CONSISTENCY | FINE | PLAIN | R1,
+  "fine_rpgan": NO_CONSISTENCY | FINE | PLAIN | RPGAN,
   "rpgan_consistency": CONSISTENCY | FASTER | {"loss.adversarial": "rpgan"},
 }
 
