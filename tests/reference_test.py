@@ -78,6 +78,32 @@ def test_reference_that_is_damaged_is_computed_anew(images, size):
     np.testing.assert_array_equal(arrays["features"], first.features)
 
 
+def test_no_flipped_bit_of_a_reference_gets_into_the_scores(
+  images, monkeypatch
+):
+  first = reference.load(extractor(), images, 20)
+  (path,) = (images.path.parent / "references").iterdir()
+  content, rng = path.read_bytes(), np.random.default_rng(0)
+  computed = []
+  monkeypatch.setattr(
+    reference, "compute", lambda *args: computed.append(args) or first
+  )
+  for _ in range(100):
+    damaged = bytearray(content)
+    damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(damaged)
+    again = reference.load(extractor(), images, 20)
+    assert again.statistics.num == first.statistics.num
+    for found, expected in (
+      (again.statistics.mean, first.statistics.mean),
+      (again.statistics.scatter, first.statistics.scatter),
+      (again.features, first.features),
+      (again.indices, first.indices),
+    ):
+      np.testing.assert_array_equal(found, expected)
+  assert 50 < len(computed) <= 100  # a date in the zip file harms nothing
+
+
 def test_reference_of_other_images_is_another(images, tmp_path):
   reference.load(extractor(), images, 20)
   (tmp_path / "images" / "07.png").unlink()
