@@ -209,7 +209,7 @@ def programs(config, mesh):
     make_train_steps(config, nets, mesh),
     (state, batch, number),
     config.dtype,
-    config.d_steps * config.batch_size // mesh.size,
+    config_lib.images_per_step(config) // mesh.size,
     implementations,
   )
   yield Program(

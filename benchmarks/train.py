@@ -26,7 +26,7 @@ def run(config, seconds):
   )
   state = init_train_state(config, nets, mesh)
   size = config.data.image_size
-  images_per_step = config.d_steps * config.batch_size
+  images_per_step = config_lib.images_per_step(config)
   shape = (config.steps_per_call, config.d_steps, config.batch_size)
   shape = (*shape, size, size, 3)
   host_images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

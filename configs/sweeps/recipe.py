@@ -19,9 +19,8 @@ PLAIN = {
   "discriminator.spectral_norm": "none",
 }
 R1 = {"loss.r1_gamma": 0.1}
-RPGAN = {
+RPGAN = R1 | {
   "loss.adversarial": "rpgan",
-  "loss.r1_gamma": 0.1,
   "loss.r2_gamma": 0.1,
   "loss.gradient_penalty": "approximate",
 }
