@@ -10,7 +10,8 @@ import pytest
 
 from tests.reference import apply, init_params, leaves, normal, standardise
 from vitgan_jax.models import networks
-from vitgan_jax.models.generator import Generator, MappingNetwork
+from vitgan_jax.models.generator import Generator
+from vitgan_jax.models.mapping import MappingNetwork
 
 SMALL = dict(
   image_size=8,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.models.layers import conv3x3
+from vitgan_jax.models.mapping import LatentGenerator
 from vitgan_jax.models.spectral_norm import SpectralNorm
 from vitgan_jax.partitioning import BATCH_AXES
 
@@ -178,7 +179,7 @@ class GeneratorBlock(nn.Module):
     return y + upsample(Conv(self.features, 1, name="branch", **common)(x))
 
 
-class Generator(nn.Module):
+class Generator(LatentGenerator):
   """BigGAN's generator, latents to images.
 
   Neither the embedding that all layers share nor the latent's parts for each
@@ -226,10 +227,6 @@ class Generator(nn.Module):
       return latents
     one_hot = jax.nn.one_hot(labels, self.num_classes)
     return jnp.concatenate([latents, one_hot], axis=-1)
-
-  def __call__(self, latents, labels=None, keys=None, train=False):
-    """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   @nn.compact
   def synthesize(self, w, keys=None, train=False):

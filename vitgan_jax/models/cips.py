@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitgan_jax.models.convolutions import StyledConv, ToRGB, draw_noise
-from vitgan_jax.models.generator import MappingNetwork
 from vitgan_jax.models.layers import uniform, w_of_layer
+from vitgan_jax.models.mapping import MappedGenerator
 from vitgan_jax.models.stylegan2 import channels, check_resolutions
 
 
-class Generator(nn.Module):
+class Generator(MappedGenerator):
   """Fourier features and an embedding of each pixel, through modulated layers.
 
   Layers are 1x1 convolutions with noise; colours are the sum of those after
@@ -50,23 +50,10 @@ class Generator(nn.Module):
     """Raises a ConfigError if these fields make no generator."""
     check_resolutions(fields, image_size, where, positive=("latent_dim",))
 
-  def setup(self):
-    """Makes what is used by itself; `synthesize` makes the rest."""
-    self.mapping = MappingNetwork(
-      self.latent_dim,
-      self.mapping_depth,
-      self.mapping_lr_multiplier,
-      self.num_classes,
-    )
-
   @property
   def num_styles(self):
     """L: one for each layer."""
     return 2 * self.image_size.bit_length() - 3
-
-  def __call__(self, latents, labels=None, keys=None, train=False):
-    """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   @nn.compact
   def synthesize(self, w, keys=None, train=False):

@@ -19,8 +19,8 @@ from vitgan_jax.models.convolutions import (
   modulated,
   upsample,
 )
-from vitgan_jax.models.generator import normalise_second_moment
 from vitgan_jax.models.layers import Dense, leaky_relu
+from vitgan_jax.models.mapping import LatentGenerator, normalise_second_moment
 from vitgan_jax.models.stylegan2 import channels, check_resolutions
 
 
@@ -168,7 +168,7 @@ class Layer(nn.Module):
     return self.gain * leaky_relu(x + weights.bias.astype(self.dtype))
 
 
-class Generator(nn.Module):
+class Generator(LatentGenerator):
   """The generator of GANformer, with residual blocks, latents to images.
 
   A latent is `num_latents` parts that pixels attend to, and a global one, which
@@ -234,10 +234,6 @@ class Generator(nn.Module):
       nn.initializers.uniform(1.0),
       (self.num_latents, self.component_dim),
     )
-
-  def __call__(self, latents, labels=None, keys=None, train=False):
-    """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   def mapping(self, latents, labels=None):
     """Maps latents [B, latent_dim] to w [B, num_latents + 1, W]."""

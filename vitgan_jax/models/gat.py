@@ -20,8 +20,8 @@ import numpy as np
 from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
-from vitgan_jax.models.generator import normalise_second_moment
 from vitgan_jax.models.layers import Dense, Linear, normalise, w_of_layer
+from vitgan_jax.models.mapping import LatentGenerator, normalise_second_moment
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
 from vitgan_jax.models.transformer import attend, check_grid, project
 
@@ -364,7 +364,7 @@ class Mapping(nn.Module):
     return Dense(self.width, lr_multiplier=0.01, name="dense1")(nn.silu(x))
 
 
-class Generator(nn.Module):
+class Generator(LatentGenerator):
   """GAT's generator, latents to images.
 
   A head follows each of `num_levels` equal parts of the blocks. What it gives
@@ -426,10 +426,6 @@ class Generator(nn.Module):
     if self.num_classes:
       x = jnp.concatenate([x, self.classes(labels)], axis=-1)
     return self.to_w(x)
-
-  def __call__(self, latents, labels=None, keys=None, train=False):
-    """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   @nn.compact
   def synthesize(self, w, keys=None, train=False):

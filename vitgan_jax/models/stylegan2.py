@@ -17,8 +17,8 @@ from vitgan_jax.models.convolutions import (
   draw_noise,
   upsample,
 )
-from vitgan_jax.models.generator import MappingNetwork
 from vitgan_jax.models.layers import Dense, leaky_relu
+from vitgan_jax.models.mapping import MappedGenerator, MappingNetwork
 from vitgan_jax.partitioning import BATCH_AXES
 
 W_AVG_DECAY = 0.995  # a step
@@ -50,7 +50,7 @@ def check_resolutions(fields, image_size, where, **ranges):
     )
 
 
-class Generator(nn.Module):
+class Generator(MappedGenerator):
   """The skip generator of StyleGAN2, latents to images.
 
   It keeps the running mean of w in the collection `averages`, which
@@ -95,12 +95,7 @@ class Generator(nn.Module):
 
   def setup(self):
     """Makes what `styles` uses; `synthesize` makes the rest."""
-    self.mapping = MappingNetwork(
-      self.latent_dim,
-      self.mapping_depth,
-      self.mapping_lr_multiplier,
-      self.num_classes,
-    )
+    super().setup()
     self.w_avg = self.variable(
       "averages", "w_avg", jnp.zeros, (self.latent_dim,)
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from vitgan_jax.config import ConfigError, check_fields
 from vitgan_jax.models.layers import uniform
+from vitgan_jax.models.mapping import LatentGenerator
 from vitgan_jax.models.patches import overlapping_patches
 from vitgan_jax.models.transformer import relative_entropy
 
@@ -187,7 +188,7 @@ def check_stages(fields, image_size, where, first_grid):
       )
 
 
-class Generator(nn.Module):
+class Generator(LatentGenerator):
   """TransGAN's generator, latents to images.
 
   It draws nothing at random.
@@ -231,10 +232,6 @@ class Generator(nn.Module):
   def mapping(self, latents, labels=None):
     """Returns the latents: there is no mapping network."""
     return latents
-
-  def __call__(self, latents, labels=None, keys=None, train=False):
-    """Maps latents [B, latent_dim] to images; see `synthesize`."""
-    return self.synthesize(self.mapping(latents, labels), keys, train)
 
   @nn.compact
   def synthesize(self, w, keys=None, train=False):
