@@ -6,6 +6,7 @@
   python -m benchmarks data
   python -m benchmarks metrics
   python -m benchmarks tpu --config=configs/cifar10.py
+  python -m benchmarks cost --config=configs/cifar10.py
 
 `train` times the training step of a config on random images, `sample` the
 drawing of samples, both beside the same networks and objective in PyTorch,
@@ -35,8 +36,9 @@ _FLAGS = {
   "data": ("seconds",),
   "metrics": ("seconds",),
   "tpu": ("config", "topology", "batch_per_chip"),
+  "cost": ("config", "topology", "batch_per_chip"),
 }
-_NEEDS_CONFIG = ("train", "sample", "tpu")
+_NEEDS_CONFIG = ("train", "sample", "tpu", "cost")
 # Read when JAX or libtpu is loaded. Without them libtpu asks the network for
 # its machine, and keeps every other process from loading it.
 _COMPILER_ONLY = {
@@ -61,7 +63,7 @@ def main(arguments):
       f"{{{','.join(_FLAGS)}}} [--config=configs/<name>.py] [--json]; "
       f"{', '.join(_NEEDS_CONFIG)} need a config"
     )
-  if name == "tpu":
+  if name in ("tpu", "cost"):
     os.environ.update(_COMPILER_ONLY)
   module = importlib.import_module(f"benchmarks.{name}")
   results = module.run(*(flags.FLAGS[flag].value for flag in _FLAGS[name]))

@@ -85,15 +85,16 @@ class Program(NamedTuple):
   implementations: list = []
 
 
-# As Google publishes them, but for the clock, which is the peak over the FLOPs
+# As Google publishes them, a GB of memory being 2**30 bytes, of which the compiler
+# keeps a quarter; but for the clock, which is the peak over the FLOPs
 # of a cycle: 2 x 128 x 128 for each of the 4 MXUs of a core, two cores on v5p.
 # Of v6e it is an assumption that they are 4 MXUs of 256 x 256: with the 2 of
 # some of its documents a matrix product would take the compiler's estimate
 # below the time at peak.
 CHIPS = {
-  "v5e": Chip(197e12, 1.5e9, 819e9, 16e9),
-  "v5p": Chip(459e12, 1.75e9, 2765e9, 95e9),
-  "v6e": Chip(918e12, 1.75e9, 1640e9, 32e9),
+  "v5e": Chip(197e12, 1.5e9, 819e9, 16 * 2**30),
+  "v5p": Chip(459e12, 1.75e9, 2765e9, 95 * 2**30),
+  "v6e": Chip(918e12, 1.75e9, 1640e9, 32 * 2**30),
 }
 _TOP = 10  # operations that are listed
 
@@ -119,13 +120,7 @@ def run(config, topology, batch_per_chip):
     # What comes from a cache leaves no dump.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = _devices(topology)
-    config = config.copy_and_resolve_references()
-    config.update(
-      dtype="bfloat16",
-      batch_size=batch_per_chip * len(devices),
-      steps_per_call=1,
-    )
-    config_lib.validate(config)
+    config = for_chips(config, batch_per_chip * len(devices))
     mesh = partitioning.create_mesh(devices, config.fsdp)
     chip = CHIPS[topology.split(":")[0]]
     for program, plain in zip(
@@ -163,6 +158,14 @@ def run(config, topology, batch_per_chip):
           hours * len(devices), 2
         )
       yield figures | _memory(compiled, chip)
+
+
+def for_chips(config, batch_size):
+  """Returns a config's copy in bfloat16, checked, with another batch."""
+  config = config.copy_and_resolve_references()
+  config.update(dtype="bfloat16", batch_size=batch_size, steps_per_call=1)
+  config_lib.validate(config)
+  return config
 
 
 def _devices(topology):

@@ -37,6 +37,7 @@ def start_twice(programs, *arguments, cwd):
   assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_second_start_does_not_compile_the_sampler(digits_run, tmp_path):
   shutil.copytree(digits_run.workdir, tmp_path / "run")
   start_twice(

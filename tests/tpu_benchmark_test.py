@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +12,10 @@ from benchmarks import hlo, tpu
 from benchmarks.flops import model_flops
 from configs import cifar10, digits
 from tests import runs
+from vitgan_jax import cli, partitioning
 from vitgan_jax.config import ConfigError
+from vitgan_jax.models import networks
+from vitgan_jax.train_state import state_shapes
 
 _needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="there is no libtpu"
@@ -193,14 +197,14 @@ runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
 """
 
 
-def _run(program, *arguments):
+def _run(program, name, *arguments):
   environment = {
     key: value
     for key, value in os.environ.items()
     if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
   }
   return subprocess.run(
-    [sys.executable, "-c", program, "tpu", *arguments, "--json"],
+    [sys.executable, "-c", program, name, *arguments, "--json"],
     cwd=runs.ROOT,
     env=environment,
     capture_output=True,
@@ -241,6 +245,7 @@ def _check(result, names, peak):
 def test_step_compiles_for_a_slice():
   result = _run(
     _WITHOUT_INCEPTION,
+    "tpu",
     "--config=configs/digits.py:smoke",
     "--batch_per_chip=16",
   )
@@ -274,6 +279,7 @@ def test_step_compiles_for_a_slice():
 def test_wide_networks_and_inception_compile_for_a_slice():
   result = _run(
     _SMALL_INCEPTION,
+    "tpu",
     "--config=configs/cifar10.py",
     # The other blocks have the same kernels.
     "--config.generator.depth=1",
@@ -285,6 +291,46 @@ def test_wide_networks_and_inception_compile_for_a_slice():
   np.testing.assert_allclose(
     step["estimated_mfu"], step["model_tflop_per_chip"] * 1e12 / peak, rtol=1e-3
   )
+
+
+@_needs_libtpu
+@pytest.mark.slow  # a minute of compilation
+def test_cost_of_a_run():
+  arguments = "--config=configs/digits.py:smoke", "--topology=v5e:2x2"
+  result = _run(_WITHOUT_INCEPTION, "cost", *arguments, "--batch_per_chip=16")
+  assert result.returncode == 0, result.stderr
+  ((figures,),) = map(json.loads, result.stdout.splitlines())
+  config = digits.get_config("smoke")
+  nets = networks.build(config)
+  state = state_shapes(config, nets, partitioning.create_mesh(fsdp=1))
+  for name, params in (("g", state.g_params), ("d", state.d_params)):
+    leaves = jax.tree.leaves(params)
+    assert figures[f"{name}_parameters"] == sum(x.size for x in leaves)
+  # At the least the state is there, and at the most as much again for each
+  # image as its activations can be.
+  least = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e9
+  assert least < figures["estimated_hbm_gb"] < 10 * least + 0.1
+  seconds = figures["model_tflop_per_chip"] * 1e12 / (0.4 * 197e12)
+  np.testing.assert_allclose(
+    figures["estimated_chip_hours_of_the_run"],
+    config.total_kimg * 1000 / 16 * seconds / 3600,
+    atol=1e-4,
+  )
+
+
+@_needs_libtpu
+@pytest.mark.slow  # a minute of compilation
+def test_cost_of_what_does_not_fit():
+  result = _run(
+    _WITHOUT_INCEPTION,
+    "cost",
+    "--config=configs/digits.py:smoke",
+    "--topology=v5e:2x2",
+    "--batch_per_chip=4194304",
+  )
+  assert result.returncode == cli.EXIT_FINAL
+  assert "does not compile for v5e:2x2: training step" in result.stderr
+  assert "Ran out of memory on HBM" in result.stderr
 
 
 @_needs_libtpu

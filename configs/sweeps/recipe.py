@@ -58,14 +58,6 @@ RUNS = {
     "generator.patch_decoder": "conv",
     "loss.r1_gamma": 0.01,
   },
-  "biggan_discriminator": NO_CONSISTENCY
-  | {
-    "discriminator.kind": "biggan",
-    "d_steps": 2,
-    "loss.adversarial": "hinge",
-    "d_optimizer.learning_rate": 8e-4,
-    "d_optimizer.b2": 0.999,
-  },
   "rpgan": NO_CONSISTENCY | PLAIN | RPGAN,
   "fine_r1": NO_CONSISTENCY | FINE | PLAIN | R1,
   "fine_rpgan": NO_CONSISTENCY | FINE | PLAIN | RPGAN,

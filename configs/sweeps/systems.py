@@ -56,6 +56,14 @@ SYSTEMS = {
     "loss.bcr_weight": 0.0,
     "loss.r1_gamma": 0.01,
   },
+  "vitgan_biggan": {
+    "discriminator.kind": "biggan",
+    "d_steps": 2,
+    "loss.adversarial": "hinge",
+    "loss.bcr_weight": 0.0,
+    "d_optimizer.learning_rate": 8e-4,
+    "d_optimizer.b2": 0.999,
+  },
   "stylegan2": {
     **_kinds("stylegan2", "stylegan2"),
     "loss.bcr_weight": 0.0,
