@@ -85,9 +85,9 @@ class Program(NamedTuple):
   implementations: list = []
 
 
-# As Google publishes them, a GB of memory being 2**30 bytes, of which the compiler
-# keeps a quarter; but for the clock, which is the peak over the FLOPs
-# of a cycle: 2 x 128 x 128 for each of the 4 MXUs of a core, two cores on v5p.
+# As Google publishes them, a GB of memory being 2**30 bytes, and the compiler's
+# own quarter of one among them. The clock is the peak over the FLOPs of a
+# cycle: 2 x 128 x 128 for each of the 4 MXUs of a core, two cores on v5p.
 # Of v6e it is an assumption that they are 4 MXUs of 256 x 256: with the 2 of
 # some of its documents a matrix product would take the compiler's estimate
 # below the time at peak.
