@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import hlo, tpu
+from benchmarks import cost, hlo, tpu
 from benchmarks.flops import model_flops
 from configs import cifar10, digits
 from tests import runs
@@ -182,6 +182,19 @@ def test_a_step_takes_a_batch_for_each_step_of_the_discriminator():
   assert flops[0] < flops[1] and flops[2] - flops[1] == flops[1] - flops[0]
 
 
+def test_what_comes_rarely_costs_its_share():
+  def flops(weight, every):
+    config = digits.get_config("smoke")
+    config.loss.update(r1_gamma=weight, gradient_penalty_every=every)
+    return cost._mean_flops(config)
+
+  without, with_r1 = flops(0.0, 1), flops(1.0, 1)
+  assert with_r1 > 1.2 * without
+  np.testing.assert_allclose(
+    flops(1.0, 4), without + (with_r1 - without) / 4, rtol=1e-6
+  )
+
+
 # Inception at its own size takes many minutes: one test does without it, as
 # where torch-fidelity is missing, the other takes the least of images.
 _WITHOUT_INCEPTION = """
@@ -310,7 +323,7 @@ def test_cost_of_a_run():
   # image as its activations can be.
   least = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e9
   assert least < figures["estimated_hbm_gb"] < 10 * least + 0.1
-  seconds = figures["model_tflop_per_chip"] * 1e12 / (0.4 * 197e12)
+  seconds = figures["mean_model_tflop_per_chip"] * 1e12 / (0.4 * 197e12)
   np.testing.assert_allclose(
     figures["estimated_chip_hours_of_the_run"],
     config.total_kimg * 1000 / 16 * seconds / 3600,

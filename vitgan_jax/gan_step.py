@@ -448,6 +448,12 @@ def _discriminate(discriminator, variables, images, labels, keys, update=False):
   return jnp.split(logits, count), model_state
 
 
+def gradient_penalty_every(config):
+  """Returns how many steps there are from one gradient penalty to the next."""
+  default = 1 if config.loss.adversarial == "rpgan" else 16
+  return config.loss.gradient_penalty_every or default
+
+
 def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
   """Returns the gradient penalty of every k-th step, k times as strong.
 
@@ -459,9 +465,7 @@ def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
     images: [B, S, S, 3], where the slope is taken.
     keys: [B], of the noise of the approximate one.
   """
-  every = config.loss.gradient_penalty_every
-  if not every:
-    every = 1 if config.loss.adversarial == "rpgan" else 16
+  every = gradient_penalty_every(config)
 
   def exact(images):
     # A kernel has no second derivative.
