@@ -16,7 +16,7 @@ import pathlib
 import re
 import tempfile
 
-import jax
+import optax
 
 from benchmarks import tpu
 from benchmarks.flops import model_flops
@@ -61,8 +61,8 @@ def run(config, topology, batch_per_chip):
     "source": "the TPU compiler's memory, and arithmetic: nothing was measured",
     "chip": topology.split(":")[0],
     "images_per_chip": images,
-    "g_parameters": _size(state.g_params),
-    "d_parameters": _size(state.d_params),
+    "g_parameters": optax.tree.size(state.g_params),
+    "d_parameters": optax.tree.size(state.d_params),
     "mean_model_tflop_per_chip": round(flops / 1e12, 4),
     "assumed_mfu": MFU,
     "estimated_images_per_sec_and_chip": round(rate, 1),
@@ -94,12 +94,9 @@ def _mean_flops(config):
   return mean
 
 
-def _size(params):
-  return sum(x.size for x in jax.tree.leaves(params))
-
-
 def _compile(config, topology, batch_per_chip, dump):
   """Compiles the step in a process of its own, until that is ended."""
+  tempfile.tempdir = dump  # what it leaves goes with the folder
   os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=true"
   try:
     next(tpu.run(config, topology, batch_per_chip))
@@ -113,14 +110,14 @@ def _memory(process, dump):
   Raises:
     ConfigError: that the compiler ended with.
   """
-  while not any(dump.glob(_NEXT)):
+  while process.is_alive() and not any(dump.glob(_NEXT)):
     process.join(timeout=0.5)
-    if process.exitcode is not None and not any(dump.glob(_NEXT)):
-      error = dump / "error"
-      raise ConfigError(
-        error.read_text()
-        if error.exists()
-        else f"the TPU compiler ended with {process.exitcode}"
-      )
+  if not any(dump.glob(_NEXT)):
+    error = dump / "error"
+    raise ConfigError(
+      error.read_text()
+      if error.exists()
+      else f"the TPU compiler ended with {process.exitcode}"
+    )
   report = next(dump.glob(_REPORT)).read_text()
   return int(re.search(r"\(color=0\)\nTotal bytes: (\d+)", report)[1])

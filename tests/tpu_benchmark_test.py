@@ -308,11 +308,13 @@ def test_wide_networks_and_inception_compile_for_a_slice():
 
 @_needs_libtpu
 @pytest.mark.slow  # a minute of compilation
-def test_cost_of_a_run():
+def test_cost_of_a_run(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
   arguments = "--config=configs/digits.py:smoke", "--topology=v5e:2x2"
   result = _run(_WITHOUT_INCEPTION, "cost", *arguments, "--batch_per_chip=16")
   assert result.returncode == 0, result.stderr
   ((figures,),) = map(json.loads, result.stdout.splitlines())
+  assert not list(tmp_path.iterdir())  # of the compiler that was stopped, too
   config = digits.get_config("smoke")
   nets = networks.build(config)
   state = state_shapes(config, nets, partitioning.create_mesh(fsdp=1))
