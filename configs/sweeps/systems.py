@@ -25,6 +25,14 @@ def _kinds(generator, discriminator):
   return {"generator.kind": generator, "discriminator.kind": discriminator}
 
 
+# What goes with BigGAN's discriminator.
+_BEHIND_BIGGAN = {
+  "d_steps": 2,
+  "loss.adversarial": "hinge",
+  "loss.bcr_weight": 0.0,
+  "d_optimizer.learning_rate": 8e-4,
+  "d_optimizer.b2": 0.999,
+}
 _VITGAN = {"loss.bcr_weight": 1.0, **_rates(4e-3)}
 
 SYSTEMS = {
@@ -56,14 +64,7 @@ SYSTEMS = {
     "loss.bcr_weight": 0.0,
     "loss.r1_gamma": 0.01,
   },
-  "vitgan_biggan": {
-    "discriminator.kind": "biggan",
-    "d_steps": 2,
-    "loss.adversarial": "hinge",
-    "loss.bcr_weight": 0.0,
-    "d_optimizer.learning_rate": 8e-4,
-    "d_optimizer.b2": 0.999,
-  },
+  "vitgan_biggan": {"discriminator.kind": "biggan", **_BEHIND_BIGGAN},
   "stylegan2": {
     **_kinds("stylegan2", "stylegan2"),
     "loss.bcr_weight": 0.0,
@@ -85,11 +86,9 @@ SYSTEMS = {
   "biggan": {
     **_kinds("biggan", "biggan"),
     "data.num_classes": 10,
-    "d_steps": 2,
-    "loss.adversarial": "hinge",
-    "loss.bcr_weight": 0.0,
-    **_rates(4e-4, b2=0.999),
-    "d_optimizer.learning_rate": 8e-4,
+    **_BEHIND_BIGGAN,
+    "g_optimizer.learning_rate": 4e-4,
+    "g_optimizer.b2": 0.999,
   },
   "transgan": {
     **_kinds("transgan", "transgan"),
