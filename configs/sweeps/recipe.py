@@ -11,6 +11,7 @@ COSINE = {"g_optimizer.decay": "cosine", "d_optimizer.decay": "cosine"}
 FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
 
 FINE = {"discriminator.patch_size": 2, "discriminator.overlap": 1}
+NO_OVERLAP = {"discriminator.overlap": 0}
 CONSISTENCY = {"loss.bcr_weight": 1.0}
 SMALL_BATCH = {"batch_size": 16}
 PLAIN = {
@@ -39,6 +40,8 @@ RUNS = {
     "augment.cutout": 0.5,
   },
   "consistency_4e-3": CONSISTENCY | FASTER,
+  "no_overlap": CONSISTENCY | FASTER | NO_OVERLAP,
+  "no_overlap_two_steps": NO_CONSISTENCY | FASTER | NO_OVERLAP | {"d_steps": 2},
   "fine_discriminator": CONSISTENCY | FASTER | FINE,
   "fine_no_consistency": NO_CONSISTENCY | FASTER | FINE,
   "fine_batch_16": CONSISTENCY | FASTER | FINE | SMALL_BATCH,
