@@ -6,7 +6,7 @@ what is its own. `--config=configs/NAME.py:smoke` shrinks it to seconds.
 
 import ml_collections
 
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds
 
 
 def get_config():
@@ -47,10 +47,10 @@ def get_config():
   config.data.data_dir = ""  # where datasets live; "" is TFDS's own folder
 
   config.generator = ml_collections.ConfigDict(
-    networks.fields_of("generator", "vitgan")
+    kinds.fields_of("generator", "vitgan")
   )
   config.discriminator = ml_collections.ConfigDict(
-    networks.fields_of("discriminator", "vitgan")
+    kinds.fields_of("discriminator", "vitgan")
   )
 
   config.g_optimizer = ml_collections.ConfigDict()
@@ -137,7 +137,7 @@ def apply_argument(config, arg):
   Args:
     config: of an experiment.
     arg: words with commas between, in any order: "g=KIND" and "d=KIND" for
-      another generator or discriminator of `networks`, with its defaults and
+      another generator or discriminator of `kinds`, with its defaults and
       the losses that it cannot do without; "tiny" for 16 pixels and networks
       that two cores carry; "smoke" for the same networks and data in a size
       that trains, samples and saves within seconds. "" is the experiment
@@ -146,23 +146,23 @@ def apply_argument(config, arg):
   Raises:
     ValueError: for any other word.
   """
-  kinds = {"g": "generator", "d": "discriminator"}
+  networks = {"g": "generator", "d": "discriminator"}
   sizes = {"tiny": _shrink_to_learn, "smoke": _shrink_to_try}
   words = [word for word in arg.split(",") if word]
   for word in words:
     key, _, kind = word.partition("=")
-    if word not in sizes and (key not in kinds or not kind):
+    if word not in sizes and (key not in networks or not kind):
       raise ValueError(
         f"config argument {word!r} must be one of tiny, smoke, g=KIND, d=KIND"
       )
-    if kind and kind != config[kinds[key]].kind:
+    if kind and kind != config[networks[key]].kind:
       with config.unlocked():
-        config[kinds[key]] = networks.fields_of(kinds[key], kind)
-        config.loss.update(networks.kind_of(kinds[key], kind).loss)
+        config[networks[key]] = kinds.fields_of(networks[key], kind)
+        config.loss.update(kinds.kind_of(networks[key], kind).loss)
   for word, shrink in sizes.items():
     if word in words:
-      for network in networks.TABLES:
-        kind = networks.kind_of(network, config[network].kind)
+      for network in kinds.TABLES:
+        kind = kinds.kind_of(network, config[network].kind)
         config[network].update(getattr(kind, word))
       shrink(config)
   return config

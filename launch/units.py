@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from vitgan_jax import cli
 from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _with_kinds(path, config, overrides, change, sweep):
 
   The path has them as arguments, and the config is what it then gives.
   """
-  kinds = {name: change.pop(f"{name}.kind", None) for name in networks.TABLES}
-  words = [f"{name[0]}={kind}" for name, kind in kinds.items() if kind]
+  chosen = {name: change.pop(f"{name}.kind", None) for name in kinds.TABLES}
+  words = [f"{name[0]}={kind}" for name, kind in chosen.items() if kind]
   if not words:
     return path, config
   path += ("," if ":" in path else ":") + ",".join(words)

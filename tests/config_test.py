@@ -7,7 +7,7 @@ import pytest
 from tests import runs, tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import files
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds
 
 CHOICES = {
   "dtype": ["float32", "bfloat16"],
@@ -327,5 +327,5 @@ def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
 def test_message_is_one_line_whatever_it_quotes():
   kind = ml_collections.ConfigDict({"a": 1, "b": 2})
   with pytest.raises(config_lib.ConfigError, match="kind=a: 1 b: 2") as error:
-    networks.kind_of("discriminator", kind)
+    kinds.kind_of("discriminator", kind)
   assert len(str(error.value).splitlines()) == 1

@@ -14,7 +14,7 @@ from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.gan_step import train_step
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds, networks
 from vitgan_jax.train_state import create_train_state
 
 # Parameters of the generator and of the discriminator. A new config gets its
@@ -299,8 +299,8 @@ def test_config_is_valid_and_its_networks_have_their_parameters(name):
   "network, kind",
   [
     (network, kind)
-    for network in networks.TABLES
-    for kind in networks.TABLES[network]
+    for network in kinds.TABLES
+    for kind in kinds.TABLES[network]
   ],
 )
 def test_every_kind_has_a_size_for_two_cores(network, kind):
@@ -388,13 +388,13 @@ def test_kind_that_a_config_has_is_left_as_the_config_has_it():
 
 @pytest.fixture
 def other_kind(monkeypatch):
-  kind = networks.Kind(
+  kind = kinds.Kind(
     "module:Class",
     {"latent_dim": 8, "depth": 3},
     smoke={"depth": 1},
     tiny={"depth": 2},
   )
-  monkeypatch.setitem(networks.GENERATORS, "other", kind)
+  monkeypatch.setitem(kinds.GENERATORS, "other", kind)
 
 
 @pytest.mark.usefixtures("other_kind")

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 import pytest
 
 from tests.reference import gelu, leaves, normal, standardise
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
 from vitgan_jax.models.transformer import TransformerBlock
@@ -26,7 +26,7 @@ SMALL = dict(
 
 def make_discriminator(**overrides):
   """Returns the default discriminator with other fields."""
-  fields = networks.DISCRIMINATORS["vitgan"].fields
+  fields = kinds.DISCRIMINATORS["vitgan"].fields
   return Discriminator(**{**fields, "num_classes": 0, **overrides})
 
 
@@ -196,7 +196,7 @@ def test_bfloat16_logits_are_close_to_float32_ones(small):
   ],
 )
 def test_attention_entropy_at_init(attention, qk_gain, lowest, highest):
-  fields = networks.DISCRIMINATORS["vitgan"].fields
+  fields = kinds.DISCRIMINATORS["vitgan"].fields
   discriminator = make_discriminator(
     image_size=32,
     depth=2,

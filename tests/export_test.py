@@ -12,7 +12,7 @@ from tests.trained_test import untrained
 from vitgan_jax import config as config_lib
 from vitgan_jax import export, sample, trained
 from vitgan_jax.config import ConfigError
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds, networks
 
 
 def generator_of(kind, num_classes=0):
@@ -63,7 +63,7 @@ def test_program_of_jax_is_the_generator_in_any_batch(kind, num_classes):
       assert np.abs(images - others).mean() > 0.01
 
 
-@pytest.mark.parametrize("kind", networks.GENERATORS)
+@pytest.mark.parametrize("kind", kinds.GENERATORS)
 def test_every_generator_can_be_traced_for_any_batch(kind):
   config = cifar16.get_config(f"g={kind}")
   if kind == "biggan":

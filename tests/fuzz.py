@@ -52,7 +52,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, lsun, pipeline, prepare
 from vitgan_jax.metrics import efficientnet, torch_files
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds, networks
 from vitgan_jax.train_state import create_train_state
 
 _BATCH = 500  # inputs of one child, at most
@@ -189,8 +189,8 @@ def _configs():
   """Returns a small config of each kind of network."""
   from configs import digits
 
-  names = [("g", x) for x in networks.GENERATORS]
-  names += [("d", x) for x in networks.DISCRIMINATORS]
+  names = [("g", x) for x in kinds.GENERATORS]
+  names += [("d", x) for x in kinds.DISCRIMINATORS]
   return [digits.get_config(f"smoke,{k}={x}") for k, x in names]
 
 

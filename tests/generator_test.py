@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 import pytest
 
 from tests.reference import apply, init_params, leaves, normal, standardise
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds
 from vitgan_jax.models.generator import Generator
 from vitgan_jax.models.mapping import MappingNetwork
 
@@ -28,7 +28,7 @@ SMALL = dict(
 
 def make_generator(**overrides):
   """Returns the default generator with other fields."""
-  fields = networks.GENERATORS["vitgan"].fields
+  fields = kinds.GENERATORS["vitgan"].fields
   return Generator(**{**fields, "num_classes": 0, **overrides})
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.reference import leaves, normal
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.kernels.attention import GROUP_SIZE
-from vitgan_jax.models import gat, networks
+from vitgan_jax.models import gat, kinds
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.generator import Generator
 
@@ -22,12 +22,12 @@ NETWORK = dict(
 
 
 def make_discriminator(**overrides):
-  fields = networks.DISCRIMINATORS["vitgan"].fields
+  fields = kinds.DISCRIMINATORS["vitgan"].fields
   return Discriminator(**{**fields, **NETWORK, **overrides})
 
 
 def make_generator(**overrides):
-  fields = networks.GENERATORS["vitgan"].fields
+  fields = kinds.GENERATORS["vitgan"].fields
   small = dict(latent_dim=8, mapping_depth=1, decoder_dim=8)
   return Generator(**{**fields, **NETWORK, **small, **overrides})
 

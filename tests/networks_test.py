@@ -9,7 +9,7 @@ from configs import cifar10, digits, folder
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
 from vitgan_jax.config import ConfigError
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds, networks
 
 CPU = partitioning.create_mesh(jax.devices()[:1])
 # Nothing but the platform is asked for, and nothing runs.
@@ -53,7 +53,7 @@ def test_implementation_is_that_of_config_devices_and_batch(
 def test_auto_says_why_a_batch_gets_no_kernels_and_which_would():
   nets, lines = networks.with_kernels(build(), TPU, 24)
   assert implementations(nets) == ("xla", "xla")
-  for name, line in zip(networks.TABLES, lines, strict=True):
+  for name, line in zip(kinds.TABLES, lines, strict=True):
     assert line.startswith(f"{name}: xla (")
     assert line.endswith("; config.batch_size=32 would do)")
   _, (line, _) = networks.with_kernels(build(), TPU, 32, num_parts=4)
@@ -112,7 +112,7 @@ def test_networks_have_what_the_config_says():
   config = digits.get_config()
   config.update(dtype="bfloat16", remat=True, data=dict(num_classes=10))
   nets = networks.build(config)
-  for name in networks.TABLES:
+  for name in kinds.TABLES:
     network = getattr(nets, name)
     for field, value in config[name].items():
       assert field == "kind" or getattr(network, field) == value, field

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.reference import normal
 from vitgan_jax import config as config_lib
 from vitgan_jax import gan_step, partitioning, sample, train, train_state
-from vitgan_jax.models import networks, stylegan2
+from vitgan_jax.models import kinds, networks, stylegan2
 from vitgan_jax.models.convolutions import draw_noise
 
 torch_stylegan2 = pytest.importorskip("tests.torch_stylegan2")
@@ -89,7 +89,7 @@ def test_discriminator_is_that_of_torch(architecture, num_classes):
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", networks.TABLES)
+@pytest.mark.parametrize("name", kinds.TABLES)
 def test_bfloat16_and_remat_reach_layers_and_not_what_comes_out(name):
   config = small_config()
   network = getattr(networks.build(config), name)
@@ -328,7 +328,7 @@ def test_group_must_be_whole_on_each_device(tmp_path):
 def test_size_of_images_must_be_a_power_of_two(network, size):
   config = digits.get_config(f"{network[0]}=stylegan2")
   config.data.image_size = size
-  for name in networks.TABLES:
+  for name in kinds.TABLES:
     if config[name].kind == "vitgan":
       config[name].patch_size = 4
   with pytest.raises(config_lib.ConfigError) as error:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vitgan_jax.config import check_fields
-from vitgan_jax.models.networks import Kind
+from vitgan_jax.models.kinds import Kind
 from vitgan_jax.partitioning import BATCH_AXES
 
 

@@ -28,7 +28,7 @@ from vitgan_jax import (
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
 from vitgan_jax.metrics import features, score
-from vitgan_jax.models import networks
+from vitgan_jax.models import kinds, networks
 
 NUM_SAMPLES = 1000
 STATISTICS = "batch_stats/BatchNorm_0/mean"
@@ -37,8 +37,8 @@ STATISTICS = "batch_stats/BatchNorm_0/mean"
 @pytest.fixture(scope="module", autouse=True)
 def table():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(networks.GENERATORS, "toy", toy_networks.GENERATOR)
-    patch.setitem(networks.DISCRIMINATORS, "toy", toy_networks.DISCRIMINATOR)
+    patch.setitem(kinds.GENERATORS, "toy", toy_networks.GENERATOR)
+    patch.setitem(kinds.DISCRIMINATORS, "toy", toy_networks.DISCRIMINATOR)
     yield
 
 

@@ -301,9 +301,9 @@ def later_fields(values):
   Args:
     values: of its config, as `flatten` returns them.
   """
-  from vitgan_jax.models import networks  # it imports this module
+  from vitgan_jax.models import kinds  # it imports this module
 
-  later = _LATER | networks.later_fields(values)
+  later = _LATER | kinds.later_fields(values)
   return {name: x for name, x in later.items() if name not in values}
 
 
@@ -314,7 +314,7 @@ def load(workdir):
     ConfigError: if the folder has none, or one of another version.
     DamagedError: if it has one that cannot be read.
   """
-  from vitgan_jax.models import networks  # it imports this module
+  from vitgan_jax.models import kinds  # it imports this module
 
   path = config_path(workdir)
   if not path.exists():
@@ -336,8 +336,8 @@ def load(workdir):
   for name in _OPTIMIZERS:
     fields |= {f"{name}.{x}" for xs in _OPTIMIZER_FIELDS.values() for x in xs}
   different = sorted(fields - flatten(config).keys())
-  for network in networks.TABLES:
-    different += networks.different_fields(config, network)
+  for network in kinds.TABLES:
+    different += kinds.different_fields(config, network)
   if different:
     raise ConfigError(
       f"{path} and this version of vitgan_jax differ in the fields "

@@ -39,6 +39,7 @@ from vitgan_jax.config import (
   parse_json,
   without_paths,
 )
+from vitgan_jax.models import kinds
 
 # What is copied of a workdir.
 _KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "grid.png")
@@ -50,11 +51,6 @@ _SCORES = files.SCORES | {
     **dict.fromkeys(("num_fake", "num_real", "seed", "image_size"), int),
   },
 }
-# Of the network that maps classes: without classes there is none.
-_OF_CLASSES = (
-  "discriminator.mapping_depth",
-  "discriminator.mapping_lr_multiplier",
-)
 _SAME = 0.01  # kimg, and minutes, that differ by less count as equal
 # Beside the distance, the first of a record.
 _COLUMNS = ("precision", "recall", "density", "coverage")
@@ -111,8 +107,8 @@ def read_run(folder):
     return Run(folder.name, folder)
   config = flatten(config)
   config |= later_fields(config)
-  if not config.get("data.num_classes"):
-    config = {k: v for k, v in config.items() if k not in _OF_CLASSES}
+  for name in kinds.idle_fields(config):
+    config.pop(name, None)
   records = files.read_records(folder / "scores.jsonl", _SCORES)
   rates = {  # of steps that were logged again, after a restart, the later
     x["kimg"]: x.get("images_per_sec")
