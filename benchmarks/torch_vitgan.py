@@ -42,6 +42,7 @@ _SWITCHES = {
   "discriminator.attention": "l2",
   "discriminator.conv_qkv": False,
   "discriminator.spectral_norm": "isn",
+  "discriminator.pooling": "token",
   "loss.adversarial": "non_saturating",
   "loss.r1_gamma": 0.0,
   "loss.r2_gamma": 0.0,

@@ -64,15 +64,27 @@ def reference_tokens(params, images, overlap, position_scale):
   return np.stack(tokens, axis=1)
 
 
+LABELS = np.array([4, 0, 4])
+
+
 @pytest.mark.parametrize(
-  "overlap, labels", [(0, None), (2, None), (4, None), (2, np.array([4, 0, 4]))]
+  "overlap, labels, pooling",
+  [
+    (0, None, "token"),
+    (2, None, "token"),
+    (4, None, "token"),
+    (2, LABELS, "token"),
+    (2, None, "mean"),
+    (2, LABELS, "mean"),
+  ],
 )
-def test_discriminator_matches_its_parts(overlap, labels):
+def test_discriminator_matches_its_parts(overlap, labels, pooling):
   discriminator = make_discriminator(
     **{**SMALL, "overlap": overlap},
     num_classes=0 if labels is None else 5,
     spectral_norm="none",
     position_scale=2.0,
+    pooling=pooling,
   )
   images = normal(3, 8, 8, 3)
   variables = init(discriminator, images, labels)
@@ -90,12 +102,15 @@ def test_discriminator_matches_its_parts(overlap, labels):
   tokens = reference_tokens(params, images, overlap, 2.0)
   h = jax.jit(block.apply)({"params": params["block0"]}, tokens)
   norm = params["norm_out"]
-  token = standardise(np.asarray(h[:, -1])) * norm["scale"] + norm["bias"]
-  y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
-  expected = y[:, 0]
-  if labels is not None:
-    kernel = params["class_embedding"]["kernel"]
-    expected += np.mean(kernel[labels] / np.sqrt(5) * token, axis=-1)
+  of_tokens = []
+  for i in [4] if pooling == "token" else range(4):
+    token = standardise(np.asarray(h[:, i])) * norm["scale"] + norm["bias"]
+    y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
+    of_tokens.append(y[:, 0])
+    if labels is not None:
+      kernel = params["class_embedding"]["kernel"]
+      of_tokens[-1] += np.mean(kernel[labels] / np.sqrt(5) * token, axis=-1)
+  expected = np.mean(of_tokens, axis=0)
   logits = jax.jit(discriminator.apply)(variables, images, labels)
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 

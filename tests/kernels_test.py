@@ -61,6 +61,7 @@ NETWORKS = pytest.mark.parametrize(
   "network",
   [
     make_discriminator(),
+    pytest.param(make_discriminator(pooling="mean"), marks=pytest.mark.slow),
     make_generator(),
     pytest.param(
       make_generator(latent_injection="token"), marks=pytest.mark.slow
@@ -70,6 +71,7 @@ NETWORKS = pytest.mark.parametrize(
   ],
   ids=[
     "discriminator",
+    "discriminator that reads patches",
     "generator",
     "generator with a token",
     "GAT's discriminator",

@@ -12,6 +12,7 @@ FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
 
 FINE = {"discriminator.patch_size": 2, "discriminator.overlap": 1}
 NO_OVERLAP = {"discriminator.overlap": 0}
+POOLED = {"discriminator.pooling": "mean"}
 CONSISTENCY = {"loss.bcr_weight": 1.0}
 SMALL_BATCH = {"batch_size": 16}
 PLAIN = {
@@ -42,7 +43,9 @@ RUNS = {
   "consistency_4e-3": CONSISTENCY | FASTER,
   "no_overlap": CONSISTENCY | FASTER | NO_OVERLAP,
   "no_overlap_two_steps": NO_CONSISTENCY | FASTER | NO_OVERLAP | {"d_steps": 2},
+  "no_overlap_pooled": CONSISTENCY | FASTER | NO_OVERLAP | POOLED,
   "fine_discriminator": CONSISTENCY | FASTER | FINE,
+  "fine_pooled": CONSISTENCY | FASTER | FINE | POOLED,
   "fine_no_consistency": NO_CONSISTENCY | FASTER | FINE,
   "fine_batch_16": CONSISTENCY | FASTER | FINE | SMALL_BATCH,
   "fine_batch_16_no_consistency": NO_CONSISTENCY | FASTER | FINE | SMALL_BATCH,

@@ -37,7 +37,7 @@ class Discriminator(nn.Module):
 
   It draws nothing at random: `keys` and `train` are those of all
   discriminators, see `networks`. A class adds the projection of its embedding
-  on the class token to the logit (Miyato and Koyama 2018).
+  on what the head reads to the logit (Miyato and Koyama 2018).
 
   Attributes:
     image_size: S, pixels along a side.
@@ -54,6 +54,8 @@ class Discriminator(nn.Module):
     conv_qkv: whether query, key and value are 3x3 convolutions.
     spectral_norm: of every dense layer: "isn", "sn" or "none".
     position_scale: see `layers.SineEmbedding.scale`.
+    pooling: what the head reads: "token", the class token, as in the paper; or
+      "mean", every patch, of whose logits the mean is taken.
     remat: whether the backward pass computes the blocks' insides again, which
       takes time and saves memory.
     implementation: of `kernels`: "xla", "pallas" or "interpret".
@@ -73,6 +75,7 @@ class Discriminator(nn.Module):
   conv_qkv: bool
   spectral_norm: str
   position_scale: float
+  pooling: str
   remat: bool = False
   implementation: str = "xla"
   dtype: Any = jnp.float32
@@ -84,7 +87,10 @@ class Discriminator(nn.Module):
     check_fields(
       fields,
       where,
-      choices={"spectral_norm": ("isn", "sn", "none")},
+      choices={
+        "spectral_norm": ("isn", "sn", "none"),
+        "pooling": ("token", "mean"),
+      },
       not_negative=("overlap",),
     )
 
@@ -116,8 +122,9 @@ class Discriminator(nn.Module):
       unit=group * num_patches,
     )
 
-    def class_tokens(tokens):
-      return attention.unpack(tokens, num_patches, group)[1]
+    def read(tokens):
+      patches, class_token = attention.unpack(tokens, num_patches, group)
+      return class_token if self.pooling == "token" else patches
 
     block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
     for i in range(self.depth):
@@ -132,20 +139,19 @@ class Discriminator(nn.Module):
           qk_gain=self.qk_gain,
         ),
         # The head looks at nothing else.
-        select=class_tokens if i == self.depth - 1 else None,
+        select=read if i == self.depth - 1 else None,
         implementation=self.implementation,
         name=f"block{i}",
         **common,
       )(h)
-    norm = LayerNorm(name="norm_out").weights(self.width)
-    class_token = norm(h[:, 0])
-    y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(class_token))
+    tokens = LayerNorm(name="norm_out").weights(self.width)(h)
+    y = jax.nn.gelu(Dense(self.width, name="head_in", **common)(tokens))
     # The last layer is float32: a bfloat16 logit has three digits.
     common["dtype"] = jnp.float32
-    logits = Dense(1, name="head_out", **common)(y)[:, 0]
+    logits = jnp.mean(Dense(1, name="head_out", **common)(y)[..., 0], axis=1)
     if self.num_classes:
       embedding = Dense(
         self.width, use_bias=False, name="class_embedding", **common
       )(jax.nn.one_hot(labels, self.num_classes))
-      logits += jnp.mean(embedding * class_token, axis=-1)
+      logits += jnp.mean(embedding[:, None] * tokens, axis=(1, 2))
     return logits

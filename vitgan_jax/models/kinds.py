@@ -159,9 +159,11 @@ DISCRIMINATORS = {
       conv_qkv=False,
       spectral_norm="isn",  # "isn", "sn" or "none"
       position_scale=3.0,
+      pooling="token",  # or "mean", of the logits of all patches
     ),
     _SMALL,
     dict(**_TINY, qk_gain=0.35),
+    later=dict(pooling="token"),
   ),
   "stylegan2": Kind(
     "vitgan_jax.models.stylegan2:Discriminator",
