@@ -1,6 +1,7 @@
 """Runs every test on eight CPU devices, compiled for speed of compilation."""
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -54,3 +55,17 @@ def digits_run(tmp_path_factory):
 
   workdir = tmp_path_factory.mktemp("digits") / "run"
   return runs.train_quietly(digits.get_config("smoke"), workdir)
+
+
+@pytest.fixture
+def heard():
+  """Signals that came to the handlers of before, which are not pytest's.
+
+  Nor ignored, as nohup has that of a terminal that closes.
+  """
+  caught = []
+  with contextlib.ExitStack() as stack:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      before = signal.signal(signum, lambda signum, _: caught.append(signum))
+      stack.callback(signal.signal, signum, before)
+    yield caught

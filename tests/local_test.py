@@ -258,15 +258,7 @@ def test_table_is_whole_in_80_columns(fake, is_terminal):
   assert is_terminal or words.count("word") == 40
 
 
-@pytest.fixture
-def hangups():
-  """Lets a terminal that closes be told, which nohup has ignored."""
-  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-  yield
-  signal.signal(signal.SIGHUP, before)
-
-
-def test_terminal_that_closes_lets_the_units_save(hangups):
+def test_terminal_that_closes_lets_the_units_save(heard):
   job = mock.Mock()
   with local._Stop([job]) as stop:
     for _ in range(3):

@@ -1,4 +1,3 @@
-import contextlib
 import ctypes
 import gc
 import os
@@ -168,17 +167,6 @@ def test_single_process_needs_no_flags():
   with pytest.raises(config_lib.ConfigError, match="mine"):
     with processes.raise_together():
       raise config_lib.ConfigError("mine")
-
-
-@pytest.fixture
-def heard():
-  """Signals that came to the handlers of before, which are not pytest's."""
-  caught = []
-  with contextlib.ExitStack() as stack:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      before = signal.signal(signum, lambda signum, _: caught.append(signum))
-      stack.callback(signal.signal, signum, before)
-    yield caught
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
