@@ -173,6 +173,28 @@ def test_damaged_program_is_compiled_anew(tmp_path):
   assert 95 < int(result.stdout) <= 100
 
 
+def test_functions_are_made_once_for_each_config():
+  made = []
+
+  @compilation.once_per_config
+  def make(config, nets, mesh):
+    made.append((config.batch_size, nets, mesh))
+    return lambda: config.batch_size
+
+  first = make(tiny.tiny_config(), "nets", "mesh")
+  config = tiny.tiny_config()
+  assert make(config, "nets", "mesh") is first
+  before, config.batch_size = config.batch_size, 3
+  assert make(config, "nets", "mesh") is not first
+  assert make(tiny.tiny_config(), "others", "mesh") is not first
+  config.batch_size = 5  # no matter to what was made
+  assert first() == before and made == [
+    (before, "nets", "mesh"),
+    (3, "nets", "mesh"),
+    (before, "others", "mesh"),
+  ]
+
+
 class _UsedError(Exception):
   pass
 

@@ -5,6 +5,8 @@ import pytest
 
 from tests import kills
 
+pytestmark = pytest.mark.slow  # `make kills` is the same, longer
+
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):

@@ -1,15 +1,37 @@
-"""Compiled programs that are kept on the disk, for the next start."""
+"""Programs kept, in the process and on the disk, for the next start."""
 
+import functools
 import os
 import warnings
 
 from etils import epath
 import jax
+import ml_collections
 
 from vitgan_jax import files
 from vitgan_jax.config import ConfigError, check_writable
 
 _MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
+_NUM_REMEMBERED = 4  # of each function
+
+
+def once_per_config(make):
+  """Remembers what a function of (config, nets, mesh) returned.
+
+  A run that goes back to a checkpoint, or one after another in a notebook, has
+  its programs traced and compiled once.
+  """
+
+  @functools.lru_cache(maxsize=_NUM_REMEMBERED)
+  def remembered(config, nets, mesh):
+    return make(ml_collections.ConfigDict(config), nets, mesh)
+
+  @functools.wraps(make)
+  def call(config, nets, mesh):
+    # A copy, which has a hash: the caller may change the config later.
+    return remembered(ml_collections.FrozenConfigDict(config), nets, mesh)
+
+  return call
 
 
 def use_cache(folder):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax import partitioning, pictures
+from vitgan_jax import compilation, partitioning, pictures
 from vitgan_jax.gan_step import augmentation
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
@@ -31,6 +31,7 @@ class Intermediates(NamedTuple):
   growth: Any
 
 
+@compilation.once_per_config
 def make_diagnostics(config, nets, mesh):
   """Returns the jitted `diagnostics(state, images, latents, labels)`.
 

@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from vitgan_jax import diff_augment, losses, partitioning
+from vitgan_jax import compilation, diff_augment, losses, partitioning
 from vitgan_jax import train_state as train_state_lib
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float
@@ -285,6 +285,7 @@ def with_keys(batch, key, config):
   return {**batch, "keys": jnp.stack(d_keys)}, {**last, "keys": g_keys}
 
 
+@compilation.once_per_config
 def make_train_steps(config, nets, mesh):
   """Returns the jitted `train_steps(state, batch, step)`, n steps in one call.
 

@@ -3,6 +3,7 @@
 Samples always come from the moving average of the generator.
 """
 
+import functools
 import json
 
 from etils import epath
@@ -37,12 +38,16 @@ def make_sampler(nets, mesh):
   as `labels_of` takes them. `shift` is None, or [W], added to each w. Whatever
   the numbers, one program draws them.
   """
+  return _make_sampler(nets, mesh, BATCH_SIZE * mesh.size)
+
+
+@functools.lru_cache(maxsize=4)  # grids and scores of a run have one program
+def _make_sampler(nets, mesh, batch_size):
   if nets.implementation == "pallas":
     # Other devices than those of the run may not have them.
     nets = nets._replace(implementation="auto")
-  nets, _ = networks.with_kernels(nets, mesh, BATCH_SIZE * mesh.size)
+  nets, _ = networks.with_kernels(nets, mesh, batch_size)
   generator = nets.generator
-  batch_size = BATCH_SIZE * mesh.size
 
   def draw(variables, seed, numbers, labels, truncation, shift):
     key = jax.random.key(seed)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vitgan_jax import compilation, partitioning
 from vitgan_jax import config as config_lib
-from vitgan_jax import partitioning
 from vitgan_jax.models import networks
 from vitgan_jax.pictures import natural_key
 
@@ -182,16 +182,27 @@ def _init(network, key, inputs, labels):
   return model_state.pop("params"), model_state
 
 
-def state_shapes(config, nets, mesh):
-  """Returns the GANState of `jax.ShapeDtypeStruct`s, with their shardings."""
-  shapes = jax.eval_shape(lambda: create_train_state(config, nets))
-  return jax.tree.map(
+@compilation.once_per_config
+def _creation(config, nets, mesh):
+  """Returns the GANState's shapes, and a jitted function that makes it."""
+  # One function for both, which is traced once.
+  create = functools.partial(create_train_state, config, nets)
+  shapes = jax.eval_shape(create)
+  shardings = partitioning.state_shardings(mesh, shapes)
+  shapes = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
     ),
     shapes,
-    partitioning.state_shardings(mesh, shapes),
+    shardings,
   )
+  return shapes, jax.jit(create, out_shardings=shardings)
+
+
+def state_shapes(config, nets, mesh):
+  """Returns the GANState of `jax.ShapeDtypeStruct`s, with their shardings."""
+  shapes, _ = _creation(config, nets, mesh)
+  return shapes
 
 
 def state_shardings(config, nets, mesh):
@@ -201,10 +212,8 @@ def state_shardings(config, nets, mesh):
 
 def init_train_state(config, nets, mesh):
   """Returns the GANState of step 0 on the devices of a mesh."""
-  return jax.jit(
-    functools.partial(create_train_state, config, nets),
-    out_shardings=state_shardings(config, nets, mesh),
-  )()
+  _, create = _creation(config, nets, mesh)
+  return create()
 
 
 def ema_decay(images_seen, images_per_step, half_life_kimg, ramp_up):

@@ -11,11 +11,7 @@ import jax.numpy as jnp
 
 from vitgan_jax import checkpoint, files, trained
 from vitgan_jax.config import ConfigError
-from vitgan_jax.train_state import (
-  create_train_state,
-  init_train_state,
-  state_shardings,
-)
+from vitgan_jax.train_state import init_train_state, state_shapes
 
 _NUM_LISTED = 8  # names in a line
 # Parts of the state, each with its model_state.
@@ -41,7 +37,7 @@ def initial_state(config, nets, mesh):
   """
   if not config.init_from:
     return init_train_state(config, nets, mesh), ""
-  shapes = jax.eval_shape(lambda: create_train_state(config, nets))
+  shapes = state_shapes(config, nets, mesh)
   taken, line = _take(config, shapes)
 
   def replace(state, taken):
@@ -53,7 +49,8 @@ def initial_state(config, nets, mesh):
 
   # The rest is that of any run, to the last bit: of the same program.
   state = init_train_state(config, nets, mesh)
-  replace = jax.jit(replace, out_shardings=state_shardings(config, nets, mesh))
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
+  replace = jax.jit(replace, out_shardings=shardings)
   return replace(state, taken), line
 
 
