@@ -65,6 +65,11 @@ SYSTEMS = {
     "loss.r1_gamma": 0.01,
   },
   "vitgan_biggan": {"discriminator.kind": "biggan", **_BEHIND_BIGGAN},
+  "vitgan_conv_biggan": {
+    "discriminator.kind": "biggan",
+    "generator.patch_decoder": "conv",
+    **_BEHIND_BIGGAN,
+  },
   "stylegan2": {
     **_kinds("stylegan2", "stylegan2"),
     "loss.bcr_weight": 0.0,
