@@ -6,8 +6,8 @@
 has each in a size that two cores carry, --config=configs/cifar10.py in its own.
 Images, augmentation and the average of the generator are those of the config;
 networks, objective and rates are each system's, as in its own config, but for
-BigGAN and TransGAN, whose rates and steps of the discriminator are for runs of
-some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and whose
+BigGAN, TransGAN and GAT, whose rates and steps of the discriminator are for runs
+of some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and whose
 patches are as many as at 32 px: docs/lab_book.md.
 """
 
@@ -107,12 +107,13 @@ SYSTEMS = {
   },
   "gat": {
     **_kinds("gat", "gat"),
+    "d_steps": 2,
     "loss.adversarial": "rpgan",
     "loss.bcr_weight": 0.0,
     "loss.r1_gamma": 0.1,
     "loss.r2_gamma": 0.1,
     "loss.gradient_penalty": "approximate",
-    **_rates(2e-3, clip_norm=1.0),
+    **_rates(1e-3, clip_norm=1.0),
   },
 }
 
