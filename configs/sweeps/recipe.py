@@ -64,6 +64,17 @@ RUNS = {
     "generator.patch_decoder": "conv",
     "loss.r1_gamma": 0.01,
   },
+  # 0.4 M parameters in all
+  "conv_biggan": NO_CONSISTENCY
+  | {
+    "discriminator.kind": "biggan",
+    "generator.patch_decoder": "conv",
+    "generator.decoder_dim": 28,
+    "loss.adversarial": "hinge",
+    "d_steps": 2,
+    "d_optimizer.learning_rate": 8e-4,
+    "d_optimizer.b2": 0.999,
+  },
   "rpgan": NO_CONSISTENCY | PLAIN | RPGAN,
   "fine_r1": NO_CONSISTENCY | FINE | PLAIN | R1,
   "fine_rpgan": NO_CONSISTENCY | FINE | PLAIN | RPGAN,

@@ -6,9 +6,9 @@
 has each in a size that two cores carry, --config=configs/cifar10.py in its own.
 Images, augmentation and the average of the generator are those of the config;
 networks, objective and rates are each system's, as in its own config, but for
-BigGAN, TransGAN and GAT, whose rates and steps of the discriminator are for runs
-of some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and whose
-patches are as many as at 32 px: docs/lab_book.md.
+BigGAN, TransGAN and GAT, whose rates and steps of the discriminator are for
+runs of some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and
+whose patches are as many as at 32 px: docs/lab_book.md.
 """
 
 
