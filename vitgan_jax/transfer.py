@@ -11,7 +11,11 @@ import jax.numpy as jnp
 
 from vitgan_jax import checkpoint, files, trained
 from vitgan_jax.config import ConfigError
-from vitgan_jax.train_state import init_train_state, state_shapes
+from vitgan_jax.train_state import (
+  init_train_state,
+  state_shapes,
+  state_shardings,
+)
 
 _NUM_LISTED = 8  # names in a line
 # Parts of the state, each with its model_state.
@@ -49,8 +53,7 @@ def initial_state(config, nets, mesh):
 
   # The rest is that of any run, to the last bit: of the same program.
   state = init_train_state(config, nets, mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, shapes)
-  replace = jax.jit(replace, out_shardings=shardings)
+  replace = jax.jit(replace, out_shardings=state_shardings(config, nets, mesh))
   return replace(state, taken), line
 
 

@@ -6,6 +6,8 @@ python -m launch.local --config=configs/cifar16.py \
     --config.total_kimg=400
 """
 
+from configs.sweeps.systems import SYSTEMS
+
 NO_CONSISTENCY = {"loss.bcr_weight": 0.0}
 COSINE = {"g_optimizer.decay": "cosine", "d_optimizer.decay": "cosine"}
 FASTER = {"g_optimizer.learning_rate": 4e-3, "d_optimizer.learning_rate": 4e-3}
@@ -58,23 +60,9 @@ RUNS = {
   | FASTER
   | FINE
   | {"generator.patch_decoder": "conv"},
-  "hybrid": NO_CONSISTENCY
-  | {
-    "discriminator.kind": "stylegan2",
-    "generator.patch_decoder": "conv",
-    "loss.r1_gamma": 0.01,
-  },
+  "hybrid": SYSTEMS["hybrid"],
   # 0.4 M parameters in all
-  "conv_biggan": NO_CONSISTENCY
-  | {
-    "discriminator.kind": "biggan",
-    "generator.patch_decoder": "conv",
-    "generator.decoder_dim": 28,
-    "loss.adversarial": "hinge",
-    "d_steps": 2,
-    "d_optimizer.learning_rate": 8e-4,
-    "d_optimizer.b2": 0.999,
-  },
+  "conv_biggan": SYSTEMS["vitgan_conv_biggan"] | {"generator.decoder_dim": 28},
   "rpgan": NO_CONSISTENCY | PLAIN | RPGAN,
   "fine_r1": NO_CONSISTENCY | FINE | PLAIN | R1,
   "fine_rpgan": NO_CONSISTENCY | FINE | PLAIN | RPGAN,
