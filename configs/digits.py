@@ -11,7 +11,7 @@ the README; what was tried in docs/lab_book.md.
 
 Its generator draws grey images, as the digits are: else a trace of colour that
 no eye sees is most of what tells samples from them. Its discriminator's patches
-fit into its width, as those of configs/cifar16.py:fast.
+fit into its width, as those of configs/cifar16.py:fine.
 """
 
 from configs import common
@@ -28,7 +28,7 @@ def get_config(arg=""):
 
   config.generator.grey = True
   common.lighten(config)
-  common.quicken(config)
+  common.refine(config)
 
   config.evaluation.num_samples = 2_000
   config.sample_every_kimg = 20.0

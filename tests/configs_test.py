@@ -10,6 +10,7 @@ import pytest
 
 import configs
 from configs import celeba64
+from configs.sweeps import recipe
 from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
@@ -28,9 +29,13 @@ NUM_PARAMETERS = {
   "cips_cifar10:smoke": (28_853, 21_345),
   "cifar10": (11_380_995, 6_729_601),
   "cifar10:smoke": (20_291, 14_913),
+  "cifar10_fast": (16_985_479, 4_204_801),
+  "cifar10_fast:smoke": (59_303, 2_089),
   "cifar10_cond": (11_532_675, 6_733_441),
   "cifar10_cond:smoke": (21_667, 15_233),
   "cifar16": (170_627, 108_481),
+  "cifar16:fast": (206_699, 190_913),
+  "cifar16:fine": (170_627, 99_265),
   "cifar16:smoke": (20_291, 14_913),
   "digits": (170_627, 99_265),
   "ffhq64": (16_108_803, 10_203_265),
@@ -167,6 +172,12 @@ GOLDEN = {
     "scores/fake": 0.2984905,
     "scores/real": 0.2478141,
   },
+  "cifar10_fast": {
+    "loss/d": 8.107463,
+    "loss/g": 11.91233,
+    "scores/fake": -12.81242,
+    "scores/real": -5.197183,
+  },
   "cifar10_cond": {
     "loss/d": 1.470106,
     "loss/g": 0.6051959,
@@ -281,7 +292,7 @@ def num_parameters(params):
 
 def test_every_config_has_its_parameters_pinned():
   names = {name for m in MODULES for name in (m, f"{m}:smoke")}
-  assert names == NUM_PARAMETERS.keys()
+  assert names | {"cifar16:fast", "cifar16:fine"} == NUM_PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
@@ -312,15 +323,34 @@ def test_every_kind_has_a_size_for_two_cores(network, kind):
   assert num_parameters(params) < 310_000
 
 
-def test_patches_of_the_fast_recipe_fit_into_the_width():
+def test_patches_of_the_fine_recipe_fit_into_the_width():
   """Overlapping patches of the discriminator, which a linear map takes in."""
-  for name, fits in (("cifar16", False), ("cifar16:fast", True)):
+  for name, fits in (("cifar16", False), ("cifar16:fine", True)):
     fields = get_config(name).discriminator
     side = fields.patch_size + 2 * fields.overlap
     assert (3 * side**2 <= fields.width) == fits
-  other = get_config("cifar16:d=stylegan2,fast")
+  other = get_config("cifar16:d=stylegan2,fine")
   assert other.discriminator == get_config("cifar16:d=stylegan2").discriminator
   assert other.g_optimizer.learning_rate == 4e-3
+
+
+def test_fast_recipe_is_the_row_that_was_measured():
+  """At 32 px, too, it has that objective and augmentation."""
+  fast, measured = get_config("cifar16:fast"), get_config("cifar16:d=biggan")
+  measured.update_from_flattened_dict(
+    {
+      field: value
+      for field, value in recipe.RUNS["conv_biggan"].items()
+      if field != "discriminator.kind"
+    }
+  )
+  assert fast == measured
+  large = get_config("cifar10_fast")
+  for part in ("loss", "augment", "g_optimizer", "d_optimizer", "d_steps"):
+    assert large[part] == fast[part]
+  other = get_config("cifar16:fast,g=stylegan2")
+  assert other.generator == get_config("cifar16:g=stylegan2").generator
+  assert other.discriminator == fast.discriminator
 
 
 @pytest.mark.slow  # the smaller one runs for its golden metrics

@@ -3,7 +3,7 @@
 python -m launch.local --config=configs/cifar10.py \
     --sweep=configs/sweeps/generator.py
 
-has it in the paper's size, --config=configs/cifar16.py:fast in one that two
+has it in the paper's size, --config=configs/cifar16.py:fine in one that two
 cores carry. The authors' convolutional decoder comes on top.
 """
 

@@ -11,6 +11,8 @@ runs of some hundred thousand images, and Vanilla-ViT, whose R1 is smaller and
 whose patches are as many as at 32 px: docs/lab_book.md.
 """
 
+from configs.common import BEHIND_BIGGAN
+
 
 def _rates(rate, **others):
   """Returns fields of both optimisers."""
@@ -25,21 +27,13 @@ def _kinds(generator, discriminator):
   return {"generator.kind": generator, "discriminator.kind": discriminator}
 
 
-# What goes with BigGAN's discriminator.
-_BEHIND_BIGGAN = {
-  "d_steps": 2,
-  "loss.adversarial": "hinge",
-  "loss.bcr_weight": 0.0,
-  "d_optimizer.learning_rate": 8e-4,
-  "d_optimizer.b2": 0.999,
-}
 _VITGAN = {"loss.bcr_weight": 1.0, **_rates(4e-3)}
 
 SYSTEMS = {
   "vitgan": _VITGAN,
   "vitgan_cond": {**_VITGAN, "data.num_classes": 10},
   # At 16 px and width 64, patches that fit into a token: docs/lab_book.md.
-  "vitgan_fast": {
+  "vitgan_fine": {
     **_VITGAN,
     "discriminator.patch_size": 2,
     "discriminator.overlap": 1,
@@ -64,11 +58,11 @@ SYSTEMS = {
     "loss.bcr_weight": 0.0,
     "loss.r1_gamma": 0.01,
   },
-  "vitgan_biggan": {"discriminator.kind": "biggan", **_BEHIND_BIGGAN},
+  "vitgan_biggan": {"discriminator.kind": "biggan", **BEHIND_BIGGAN},
   "vitgan_conv_biggan": {
     "discriminator.kind": "biggan",
     "generator.patch_decoder": "conv",
-    **_BEHIND_BIGGAN,
+    **BEHIND_BIGGAN,
   },
   "stylegan2": {
     **_kinds("stylegan2", "stylegan2"),
@@ -91,7 +85,7 @@ SYSTEMS = {
   "biggan": {
     **_kinds("biggan", "biggan"),
     "data.num_classes": 10,
-    **_BEHIND_BIGGAN,
+    **BEHIND_BIGGAN,
     "g_optimizer.learning_rate": 4e-4,
     "g_optimizer.b2": 0.999,
   },
