@@ -10,7 +10,7 @@ import pytest
 
 import configs
 from configs import celeba64
-from configs.sweeps import recipe
+from configs.sweeps import systems
 from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
@@ -340,7 +340,7 @@ def test_fast_recipe_is_the_row_that_was_measured():
   measured.update_from_flattened_dict(
     {
       field: value
-      for field, value in recipe.RUNS["conv_biggan"].items()
+      for field, value in systems.SYSTEMS["vitgan_fast"].items()
       if field != "discriminator.kind"
     }
   )

@@ -3,8 +3,10 @@
 python -m launch.local --config=configs/cifar10.py \
     --sweep=configs/sweeps/generator.py
 
-has it in the paper's size, --config=configs/cifar16.py:fine in one that two
-cores carry. The authors' convolutional decoder comes on top.
+has it in the paper's size, --config=configs/cifar16.py:fast
+--config.generator.decoder_dim=64 in one that two cores carry, behind a
+discriminator that tells decoders apart. The authors' convolutional decoder
+comes on top.
 """
 
 

@@ -61,8 +61,6 @@ RUNS = {
   | FINE
   | {"generator.patch_decoder": "conv"},
   "hybrid": SYSTEMS["hybrid"],
-  # 0.4 M parameters in all
-  "conv_biggan": SYSTEMS["vitgan_conv_biggan"] | {"generator.decoder_dim": 28},
   "rpgan": NO_CONSISTENCY | PLAIN | RPGAN,
   "fine_r1": NO_CONSISTENCY | FINE | PLAIN | R1,
   "fine_rpgan": NO_CONSISTENCY | FINE | PLAIN | RPGAN,

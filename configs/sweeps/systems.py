@@ -27,6 +27,11 @@ def _kinds(generator, discriminator):
   return {"generator.kind": generator, "discriminator.kind": discriminator}
 
 
+_CONV_BIGGAN = {
+  "discriminator.kind": "biggan",
+  "generator.patch_decoder": "conv",
+  **BEHIND_BIGGAN,
+}
 _VITGAN = {"loss.bcr_weight": 1.0, **_rates(4e-3)}
 
 SYSTEMS = {
@@ -59,11 +64,9 @@ SYSTEMS = {
     "loss.r1_gamma": 0.01,
   },
   "vitgan_biggan": {"discriminator.kind": "biggan", **BEHIND_BIGGAN},
-  "vitgan_conv_biggan": {
-    "discriminator.kind": "biggan",
-    "generator.patch_decoder": "conv",
-    **BEHIND_BIGGAN,
-  },
+  "vitgan_conv_biggan": _CONV_BIGGAN,
+  # 0.4 M parameters in all; configs/cifar16.py:fast
+  "vitgan_fast": {**_CONV_BIGGAN, "generator.decoder_dim": 28},
   "stylegan2": {
     **_kinds("stylegan2", "stylegan2"),
     "loss.bcr_weight": 0.0,
