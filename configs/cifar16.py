@@ -36,13 +36,12 @@ def get_config(arg=""):
     arg: "fast" or "fine", as above, beside the words of
       `common.apply_argument`.
   """
-  words = [word for word in arg.split(",") if word]
+  words = arg.split(",")
   config = common.get_config()
   common.lighten(config)
   if "fast" in words:
     common.quicken(config)
-  others = ",".join(word for word in words if word not in ("fast", "fine"))
-  config = common.apply_argument(config, f"tiny,{others}")
+  config = common.apply_argument(config, f"tiny,{arg}", ("fast", "fine"))
   if "fast" in words and config.generator.kind == "vitgan":
     config.generator.decoder_dim = 28
   if "fine" in words:

@@ -131,7 +131,7 @@ def get_config():
   return config.lock()
 
 
-def apply_argument(config, arg):
+def apply_argument(config, arg, own_words=()):
   """Returns the config as `--config=FILE.py:arg` asks for it.
 
   Args:
@@ -142,6 +142,7 @@ def apply_argument(config, arg):
       that two cores carry; "smoke" for the same networks and data in a size
       that trains, samples and saves within seconds. "" is the experiment
       itself.
+    own_words: others, which the experiment itself sees to.
 
   Raises:
     ValueError: for any other word.
@@ -149,11 +150,13 @@ def apply_argument(config, arg):
   networks = {"g": "generator", "d": "discriminator"}
   sizes = {"tiny": _shrink_to_learn, "smoke": _shrink_to_try}
   words = [word for word in arg.split(",") if word]
+  known = (*sizes, *own_words)
   for word in words:
     key, _, kind = word.partition("=")
-    if word not in sizes and (key not in networks or not kind):
+    if word not in known and (key not in networks or not kind):
       raise ValueError(
-        f"config argument {word!r} must be one of tiny, smoke, g=KIND, d=KIND"
+        f"config argument {word!r} must be one of {', '.join(known)}, g=KIND, "
+        "d=KIND"
       )
     if kind and kind != config[networks[key]].kind:
       with config.unlocked():
