@@ -9,12 +9,16 @@ HEALTHY = {  # as runs of the lab book have them
   "auc/augmented": 0.65,
   "diversity/std_over_latents": 0.45,
   "diversity/std_over_images": 0.5,
+  "borders/step_ratio": 1.3,
+  "borders/step_ratio_real": 1.06,
   "attention/entropy_min": 0.6,
   "sigma/growth_max": 5.0,
   "gradients/d": 0.1,
   "gradients/g": 0.02,
 }
-NAMES = ["blind", "won", "collapse", "attention", "sigma", "exploding"]
+NAMES = [
+  *("blind", "won", "collapse", "patches", "attention", "sigma", "exploding")
+]
 
 
 def judge(dog, count, **changes):
@@ -38,6 +42,7 @@ def test_healthy_run_is_left_in_peace(capsys):
       {"diversity/std_over_latents": 0.05},
       "times as much as images",
     ),
+    ("patches", {"borders/step_ratio": 5.0}, "2.1 times as steep"),
     ("attention", {"attention/entropy_min": 0.01}, "of uniform"),
     ("sigma", {"sigma/growth_max": 40.0}, "times as large as it was"),
     ("exploding", {"gradients/g": 4.0}, "gradients/g is 200 times"),
@@ -70,10 +75,12 @@ def test_a_mean_is_judged_and_not_one_grid(capsys):
 def test_nothing_is_judged_too_early_or_without_its_scalars(capsys):
   bad = {"auc/clean": 0.5, "auc/augmented": 0.5}
   assert judge(watchdog.Watchdog(), 7, **bad) == {}
-  others = {k: v for k, v in HEALTHY.items() if k[:5] not in ("sigma", "atten")}
+  others = {
+    k: v for k, v in HEALTHY.items() if k[:5] not in ("sigma", "atten", "borde")
+  }
   dog = watchdog.Watchdog()
   verdict = [dog.judge(step, others) for step in range(20)][-1]
   assert verdict.keys() == {
-    f"watchdog/{name}" for name in NAMES if name not in ("sigma", "attention")
+    f"watchdog/{name}" for name in ("blind", "won", "collapse", "exploding")
   }
   assert not capsys.readouterr().err

@@ -53,6 +53,13 @@ RULES = (
     "from an earlier checkpoint, or more augmentation, usually help",
   ),
   Rule(
+    "patches",
+    lambda x: x["borders/step_ratio"] / x["borders/step_ratio_real"],
+    lambda mean: mean > 2.0,
+    "samples fall into patches: steps across their borders are {:.1f} times as "
+    "steep as in images. Lower rates of G, or finer patches of D, usually help",
+  ),
+  Rule(
     "attention",
     lambda x: x["attention/entropy_min"],
     lambda mean: mean < 0.1,

@@ -9,7 +9,7 @@ RUNS = {
   "healthy": {"loss.bcr_weight": 1.0},
   "blind": {"d_optimizer.learning_rate": 1e-6},
   "won": {"g_optimizer.learning_rate": 1e-6, "augment.probability": 0.0},
-  "collapse": {"g_optimizer.learning_rate": 0.1},
+  "patches": {"g_optimizer.learning_rate": 0.1},
   "attention": {
     "discriminator.attention": "dot",
     "discriminator.spectral_norm": "none",
