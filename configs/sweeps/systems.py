@@ -27,11 +27,8 @@ def _kinds(generator, discriminator):
   return {"generator.kind": generator, "discriminator.kind": discriminator}
 
 
-_CONV_BIGGAN = {
-  "discriminator.kind": "biggan",
-  "generator.patch_decoder": "conv",
-  **BEHIND_BIGGAN,
-}
+_VITGAN_BIGGAN = {"discriminator.kind": "biggan", **BEHIND_BIGGAN}
+_CONV_BIGGAN = {**_VITGAN_BIGGAN, "generator.patch_decoder": "conv"}
 _VITGAN = {"loss.bcr_weight": 1.0, **_rates(4e-3)}
 
 SYSTEMS = {
@@ -63,7 +60,7 @@ SYSTEMS = {
     "loss.bcr_weight": 0.0,
     "loss.r1_gamma": 0.01,
   },
-  "vitgan_biggan": {"discriminator.kind": "biggan", **BEHIND_BIGGAN},
+  "vitgan_biggan": _VITGAN_BIGGAN,
   "vitgan_conv_biggan": _CONV_BIGGAN,
   # 0.4 M parameters in all; configs/cifar16.py:fast
   "vitgan_fast": {**_CONV_BIGGAN, "generator.decoder_dim": 28},
