@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from launch import units
 from tests import runs as runs_lib
 from vitgan_jax import pictures, results
 from vitgan_jax.config import ConfigError
@@ -198,14 +199,16 @@ def test_what_others_publish_stands_by_itself(tmp_path):
   assert "- `a`: FID 3 (there)" in text.split("## Published")[1]
 
 
-def test_page_in_the_repository_is_that_of_its_scores(tmp_path):
-  folder = runs_lib.ROOT / "results" / "cifar16-systems"
+@pytest.mark.parametrize("name", ["systems", "discriminator"])
+def test_page_in_the_repository_is_that_of_its_scores(tmp_path, name):
+  folder = runs_lib.ROOT / "results" / f"cifar16-{name}"
   text = (folder / "README.md").read_text()
   output = shutil.copytree(folder, tmp_path / folder.name)
-  sweep = runpy.run_path(runs_lib.ROOT / "configs" / "sweeps" / "systems.py")
+  sweep = runs_lib.ROOT / "configs" / "sweeps" / f"{name}.py"
   command = text.rsplit("Made by `", 1)[1].removesuffix("`.\n")
-  found = results.find_runs([output], list(sweep["SYSTEMS"]))
-  assert results.write(found, output, command, sweep["PUBLISHED"]) == text
+  found = results.find_runs([output], [row for row, _ in units.read(sweep)])
+  published = runpy.run_path(sweep).get("PUBLISHED")
+  assert results.write(found, output, command, published) == text
 
 
 def test_where_a_machine_keeps_things_is_not_kept(tmp_path):
