@@ -33,7 +33,7 @@ def make(
   """Writes a workdir whose scores are {kimg: distance}."""
   folder.mkdir(parents=True)
   protocol = PROTOCOL | own.pop("protocol", {})
-  agreement = own.pop("agreement", None)
+  agreement, shares = own.pop("agreement", None), own.pop("shares", None)
   total = total or max(distances)
   config = {"seed": seed, "total_kimg": total, "loss": {"r1_gamma": 0.0}}
   config["loss"] |= own
@@ -56,6 +56,7 @@ def make(
       "protocol": protocol,
     }
     | ({"class_agreement": {"fake": agreement}} if agreement else {})
+    | ({"class_share": dict(zip("abcd", shares))} if shares else {})
     for kimg, distance in distances.items()
   ]
   write(folder / "scores.jsonl", records)
@@ -192,6 +193,21 @@ def test_agreement_with_the_class_has_a_column_where_there_is_one(tmp_path):
   table = table_of(pages([tmp_path], tmp_path / "out"), "The last scores")
   assert table["columns"][-1] == "of their class"
   assert (table["a"][-1], table["b"][-1]) == ("", "0.250")
+
+
+def test_effective_classes_are_those_of_one_size_with_the_same_entropy(
+  tmp_path,
+):
+  shares = {"even": [0.25] * 4, "two": [0.5, 0.5, 0, 0], "one": [1, 0, 0, 0]}
+  for gamma, (name, values) in enumerate(shares.items()):
+    make(tmp_path / name, {400.0: 50.0}, shares=values, r1_gamma=gamma)
+  make(tmp_path / "without", {400.0: 60.0}, r1_gamma=9.0)
+  text = pages([tmp_path], tmp_path / "out")
+  table = table_of(text, "The last scores")
+  assert table.pop("columns")[-1] == "classes"
+  found = {row: cells[-1] for row, cells in table.items()}
+  assert found == {"even": "4.0", "two": "2.0", "one": "1.0", "without": ""}
+  assert "`classes` is how many" in text
 
 
 def test_what_others_publish_stands_by_itself(tmp_path):

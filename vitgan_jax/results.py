@@ -55,6 +55,10 @@ _SAME = 0.01  # kimg, and minutes, that differ by less count as equal
 # Beside the distance, the first of a record.
 _COLUMNS = ("precision", "recall", "density", "coverage")
 _SIDE = 384  # pixels of a grid on the sheet
+_CLASSES_NOTE = (
+  "`classes` is how many classes of one size would be as even as those of the "
+  "samples, each put where most of its five nearest real images are."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,38 +264,65 @@ def choose(rows, records):
 
 def table(chosen):
   """Returns a Markdown table of one choice, the best distance first."""
-  first = next(iter(chosen.values()))[0][1]
-  distance = next(iter(first["scores"]))
-  columns = [distance] + [
+  records = [record for pairs in chosen.values() for _, record in pairs]
+  scores = records[0]["scores"]
+  distance = next(iter(scores))
+  names = [distance] + [
     name
     for prefix in _COLUMNS
-    for name in first["scores"]
+    for name in scores
     if name.split("_")[0] == prefix or name.rstrip("0123456789k") == prefix
   ]
-  agrees = any("class_agreement" in r for x in chosen.values() for _, r in x)
-  lines = [["run", "seeds", "kimg", "minutes", *columns]]
-  lines[0] += ["of their class"] * bool(agrees)
+  columns = {name: lambda r, name=name: r["scores"][name] for name in names}
+  columns |= {
+    heading: read
+    for heading, read in _CLASS_COLUMNS.items()
+    if any(read(record) is not None for record in records)
+  }
 
   def cells(row, pairs):
-    values = [[r["scores"][name] for _, r in pairs] for name in columns]
-    of_class = [r.get("class_agreement") for _, r in pairs]
-    form = {"fake": files.NUMBER}
     found = [f"{row}", f"{len(pairs)}"]
     found.append(f"{np.mean([r['kimg'] for _, r in pairs]):.0f}")
     found.append(f"{np.mean([run.minutes(r['kimg']) for run, r in pairs]):.0f}")
-    found.append(_spread(values[0], 1))
-    found += [_spread(x, 3) for x in values[1:]]
-    if agrees:
-      known = [x["fake"] for x in of_class if files.has_form(x, form)]
-      found.append(_spread(known, 3) if known else "")
+    for heading, read in columns.items():
+      known = [x for _, r in pairs if (x := read(r)) is not None]
+      digits = 1 if heading in (distance, "classes") else 3
+      found.append(_spread(known, digits) if known else "")
     return found
 
   order = sorted(
     chosen, key=lambda x: np.mean([r["scores"][distance] for _, r in chosen[x]])
   )
+  lines = [["run", "seeds", "kimg", "minutes", *columns]]
+  lines.append(["---"] * len(lines[0]))
   lines += [cells(row, chosen[row]) for row in order]
-  lines.insert(1, ["---"] * len(lines[0]))
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _effective_classes(record):
+  """Returns exp(H) of the shares of classes; None where there are none.
+
+  That is how many classes, all of one size, have as much entropy H.
+  """
+  shares = record.get("class_share")
+  if not files.has_form(shares, {...: files.NUMBER}):
+    return None
+  p = np.array([x for x in shares.values() if x > 0])
+  return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def _of_their_class(record):
+  """Returns the share of samples that a classifier takes for their class."""
+  agreement = record.get("class_agreement")
+  is_known = files.has_form(agreement, {"fake": files.NUMBER})
+  return agreement["fake"] if is_known else None
+
+
+# Of data with classes, and of networks that are told them.
+_CLASS_COLUMNS = {
+  "classes": _effective_classes,
+  "of their class": _of_their_class,
+}
 
 
 def _spread(values, digits):
@@ -435,6 +466,10 @@ def write(runs, output, command, published=None):
     parts += [f"## {describe(protocol)}"]
     if protocol["network"].startswith("efficientnet"):
       parts += ["`fd_...` is no FID, and compares with this table alone."]
+    if any(
+      "class_share" in x for run in records.values() for x in run.values()
+    ):
+      parts += [_CLASSES_NOTE]
     for heading, chosen in choose(rows, records).items():
       parts += [f"### {heading}", table(chosen)]
     suffix = f"{number + 1}" if number else ""
