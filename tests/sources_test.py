@@ -294,15 +294,42 @@ def test_own_images_of_all_kinds_train(tmp_path, write):
 
 
 @pytest.mark.parametrize("split", ["train[2:5]", "train[:25%]+train[6:]"])
-def test_part_of_own_images(tmp_path, split):
-  path = datasets.write_folder(tmp_path / "mine", user_files())
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_part_of_own_images(tmp_path, split, has_classes):
+  contents = user_files()
+  if not has_classes:
+    contents = {k.replace("/", "_"): v for k, v in contents.items()}
+  path = datasets.write_folder(tmp_path / "mine", contents)
   data = data_config(tmp_path, "folder", path=str(path))
   whole = pipeline.load_images(data)
   data.split = split
-  expected = {"train[2:5]": [2, 3, 4]}.get(split, [0, 1, 6, 7])
+  # Four cats come first, four dogs next; a part has as many of one as of both.
+  order = [0, 4, 1, 5, 2, 6, 3, 7] if has_classes else range(8)
+  places = {"train[2:5]": [2, 3, 4]}.get(split, [0, 1, 6, 7])
+  expected = [order[i] for i in places]
   part = pipeline.load_images(data)
   np.testing.assert_array_equal(part[:], whole[expected])
-  np.testing.assert_array_equal(part.labels(), whole.labels()[expected])
+  if has_classes:
+    np.testing.assert_array_equal(part.labels(), whole.labels()[expected])
+
+
+@pytest.mark.parametrize("counts", [(40, 40), (40, 10, 30), (5, 1)])
+def test_parts_of_own_images_have_their_share_of_each_class(tmp_path, counts):
+  contents = {
+    f"{name}/{i}.png": encode(noise(4, 4, 3, seed=10 * i + len(name)))
+    for name, count in zip(("a", "bb", "ccc"), counts)
+    for i in range(count)
+  }
+  path = datasets.write_folder(tmp_path / "mine", contents)
+  seen = []
+  for split in ("train[:20%]", "train[20%:90%]", "train[90%:]"):
+    data = data_config(tmp_path, "folder", path=str(path), split=split)
+    part = pipeline.load_images(data)
+    found = np.bincount(part.labels(), minlength=len(counts))
+    expected = np.array(counts) * len(part) / sum(counts)
+    assert np.all(np.abs(found - expected) <= 1.0)
+    seen += [x.tobytes() for x in part[:]]
+  assert len(set(seen)) == len(seen) == sum(counts)
 
 
 def test_path_may_begin_at_home(tmp_path, monkeypatch):

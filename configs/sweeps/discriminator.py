@@ -4,8 +4,8 @@ python -m launch.local --config=configs/cifar10.py \
     --sweep=configs/sweeps/discriminator.py
 
 has it in the paper's size, --config=configs/cifar16.py in one of which a run of
-600 thousand images takes a quarter of an hour of a core. R1 has the weight that
-the paper's plain ViT has.
+600 thousand images takes a quarter of an hour of a core. `r1` has the weight
+that the paper's plain ViT has, `weak_r1` that of the plain ViT of systems.py.
 """
 
 RUNS = {
@@ -13,6 +13,7 @@ RUNS = {
   "dot": {"discriminator.attention": "dot", "discriminator.qk_gain": 1.0},
   "spectral_norm": {"discriminator.spectral_norm": "sn"},
   "r1": {"discriminator.spectral_norm": "none", "loss.r1_gamma": 10.0},
+  "weak_r1": {"discriminator.spectral_norm": "none", "loss.r1_gamma": 0.1},
   "no_norm": {"discriminator.spectral_norm": "none"},
   "no_overlap": {"discriminator.overlap": 0},
   "conv_qkv": {"discriminator.conv_qkv": True},

@@ -45,7 +45,27 @@ def _folder(data, unused_variant):
       "config.data.path is empty: give the folder or zip of your images, as "
       "--config.data.path=DIR_OR_ZIP"
     )
-  return _in_place("folder", data.path, "that of your images", with_labels=True)
+  archive = archives.open_archive(data.path)
+  classes, labels = archive.class_labels()
+  order = np.arange(len(archive.names))
+  if classes and "[" in data.split:  # a part, which has its share of each class
+    order = _spread_over_classes(labels)
+  splits = {"train": (archive, order)}
+  return source.of_archives(
+    "folder", data.path, "that of your images", splits, classes, labels
+  )
+
+
+def _spread_over_classes(labels):
+  """Returns an order [N] whose every part has its share of each class.
+
+  Image i of the n of a class comes after a share of (i + 1/2) / n of all.
+  """
+  shares = np.empty(len(labels))
+  for label in np.unique(labels):
+    (members,) = np.nonzero(labels == label)
+    shares[members] = (np.arange(len(members)) + 0.5) / len(members)
+  return np.argsort(shares, kind="stable")
 
 
 def _ffhq(data, unused_variant):
@@ -55,20 +75,14 @@ def _ffhq(data, unused_variant):
       "pixels (https://github.com/NVlabs/ffhq-dataset), and give their folder "
       "or zip as --config.data.path=DIR_OR_ZIP"
     )
-  return _in_place(
+  archive = archives.open_archive(data.path)
+  return source.of_archives(
     "ffhq",
     data.path,
     "CC BY-NC-SA 4.0, and of each image its own, see "
     "https://github.com/NVlabs/ffhq-dataset",
+    {"train": (archive, np.arange(len(archive.names)))},
   )
-
-
-def _in_place(name, path, licence, with_labels=False):
-  """Returns a Source with all images of one archive as `train`."""
-  archive = archives.open_archive(path)
-  labels = archive.class_labels() if with_labels else ()
-  splits = {"train": (archive, np.arange(len(archive.names)))}
-  return source.of_archives(name, path, licence, splits, *labels)
 
 
 def _celeba(data, unused_variant):
