@@ -9,6 +9,8 @@ that the paper's plain ViT has, `weak_r1` that of the plain ViT of systems.py.
 """
 
 RUNS = {
+  "vitgan": {"discriminator.spectral_norm": "isn"},
+  # Consistency compares augmented images with others: it goes, too.
   "no_augmentation": {"augment.probability": 0.0, "loss.bcr_weight": 0.0},
   "dot": {"discriminator.attention": "dot", "discriminator.qk_gain": 1.0},
   "spectral_norm": {"discriminator.spectral_norm": "sn"},
@@ -17,7 +19,6 @@ RUNS = {
   "no_norm": {"discriminator.spectral_norm": "none"},
   "no_overlap": {"discriminator.overlap": 0},
   "conv_qkv": {"discriminator.conv_qkv": True},
-  "vitgan": {"discriminator.spectral_norm": "isn"},
 }
 
 
