@@ -466,9 +466,8 @@ def write(runs, output, command, published=None):
     parts += [f"## {describe(protocol)}"]
     if protocol["network"].startswith("efficientnet"):
       parts += ["`fd_...` is no FID, and compares with this table alone."]
-    if any(
-      "class_share" in x for run in records.values() for x in run.values()
-    ):
+    found = [x for run in records.values() for x in run.values()]
+    if any(_effective_classes(x) is not None for x in found):
       parts += [_CLASSES_NOTE]
     for heading, chosen in choose(rows, records).items():
       parts += [f"### {heading}", table(chosen)]

@@ -48,7 +48,8 @@ def _folder(data, unused_variant):
   archive = archives.open_archive(data.path)
   classes, labels = archive.class_labels()
   order = np.arange(len(archive.names))
-  if classes and "[" in data.split:  # a part, which has its share of each class
+  # A part has its share of each class; the whole stays in the order of names.
+  if classes and "[" in data.split:
     order = _spread_over_classes(labels)
   splits = {"train": (archive, order)}
   return source.of_archives(
