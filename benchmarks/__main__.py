@@ -28,7 +28,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _FLAGS = {
   "train": ("config", "seconds"),

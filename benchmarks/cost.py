@@ -22,7 +22,7 @@ from benchmarks import tpu
 from benchmarks.flops import model_flops
 from vitgan_jax import config as config_lib
 from vitgan_jax import gan_step
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 MFU = 0.4  # model FLOPs utilisation, assumed
 _REPORT = "*jit_train_steps*.after_optimizations-memory-usage-report.txt"

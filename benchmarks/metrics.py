@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import fidelity, turns
 from vitgan_jax import partitioning
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import (
   compute,
   features,

@@ -11,7 +11,7 @@ import sys
 from absl import logging
 import jax
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 def contestants(config, make):

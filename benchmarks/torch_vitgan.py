@@ -15,6 +15,7 @@ from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
 from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models.layers import LAYER_NORM_EPSILON, cell_centres
 from vitgan_jax.models.transformer import QK_GAINS
 
@@ -55,7 +56,7 @@ def check(config):
   values = config_lib.flatten(config)
   for field, value in _SWITCHES.items():
     if values[field] != value:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"the PyTorch ViTGAN has no config.{field}={values[field]!r}, only "
         f"{value!r}"
       )

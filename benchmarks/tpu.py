@@ -42,7 +42,7 @@ from benchmarks import fidelity, hlo
 from benchmarks.flops import model_flops
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning, sample
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import features, inception, torch_files
 from vitgan_jax.models import networks

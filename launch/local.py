@@ -30,7 +30,7 @@ from rich.text import Text
 
 from launch import units
 from vitgan_jax import cli
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 # Of Linux's C library, read when a process starts: a gain on CPUs.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

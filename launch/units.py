@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from vitgan_jax import cli
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds
 
 

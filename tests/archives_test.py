@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.datasets import encode, noise, write_folder, write_lmdb, write_zip
-from vitgan_jax import config as config_lib
 from vitgan_jax.data import archives
+from vitgan_jax.errors import ConfigError
 
 FILES = {
   "b/2.PNG": b"two",
@@ -178,7 +178,7 @@ def test_encrypted_members_are_left_out_and_named(tmp_path):
 def test_encrypted_zip_is_an_error_that_says_so(tmp_path):
   path = write_zip(tmp_path / "x.zip", FILES)
   encrypted(path, *range(len(FILES)))
-  with pytest.raises(config_lib.ConfigError, match=r"x\.zip is encrypted"):
+  with pytest.raises(ConfigError, match=r"x\.zip is encrypted"):
     archives.open_archive(path)
 
 
@@ -208,7 +208,7 @@ def test_file_that_cannot_be_read_is_empty(tmp_path):
 )
 def test_wrong_path_is_an_error_that_names_it(tmp_path, write):
   write(tmp_path / "x")
-  with pytest.raises(config_lib.ConfigError, match=str(tmp_path / "x")):
+  with pytest.raises(ConfigError, match=str(tmp_path / "x")):
     archives.open_archive(tmp_path / "x")
 
 
@@ -218,13 +218,13 @@ def test_archive_without_images_is_an_error_that_says_which_are(
   tmp_path, write, files
 ):
   path = write(tmp_path / "x", files)
-  with pytest.raises(config_lib.ConfigError, match=r"\.png, \.jpg"):
+  with pytest.raises(ConfigError, match=r"\.png, \.jpg"):
     archives.open_archive(path)
 
 
 def test_damaged_lmdb_is_an_error(tmp_path):
   write_folder(tmp_path / "x", {"data.mdb": b"no database"})
-  with pytest.raises(config_lib.ConfigError, match="no LMDB"):
+  with pytest.raises(ConfigError, match="no LMDB"):
     archives.open_archive(tmp_path / "x")
 
 
@@ -238,7 +238,7 @@ def test_lmdb_of_any_size_is_read(num_values, largest, tmp_path):
   }
   folder = write_lmdb(tmp_path / "x", values)
   if not values:
-    with pytest.raises(config_lib.ConfigError, match="no images"):
+    with pytest.raises(ConfigError, match="no images"):
       archives.open_archive(folder)
     return
   archive = archives.open_archive(folder)
@@ -256,7 +256,7 @@ def test_lmdb_that_is_cut_off_ends_no_process(tmp_path):
     (folder / "data.mdb").write_bytes(content[:size])
     try:
       archive = archives.open_archive(folder)
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
       assert "holds no LMDB that opens" in str(error)
       continue
     read = [archive.read(i) for i in range(100)]

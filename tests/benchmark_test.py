@@ -9,8 +9,8 @@ from benchmarks import __main__ as command
 from benchmarks import data, metrics, peer, sample, train, turns
 from tests import runs
 from tests.tiny import tiny_config
-from vitgan_jax import config as config_lib
 from vitgan_jax import sample as sample_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import features
 
 CONTESTANTS = ("torch", "torch_compile")
@@ -158,7 +158,7 @@ def test_torch_that_does_not_compile_has_no_figure():
 
 
 def test_bad_config_is_refused():
-  with pytest.raises(config_lib.ConfigError, match="batch_size"):
+  with pytest.raises(ConfigError, match="batch_size"):
     train.run(tiny_config(batch_size=0), seconds=0.0)
 
 
@@ -205,7 +205,7 @@ def test_metrics_without_torch_fidelity_say_what_to_install(monkeypatch):
     raise ImportError
 
   monkeypatch.setattr(metrics.fidelity, "load", fail)
-  with pytest.raises(config_lib.ConfigError, match="--no-deps"):
+  with pytest.raises(ConfigError, match="--no-deps"):
     metrics.run(seconds=0.0)
 
 

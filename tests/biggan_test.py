@@ -10,7 +10,7 @@ from torch.nn import functional
 from configs import biggan_cifar10
 from tests import tiny
 from vitgan_jax import gan_step, partitioning, train_state
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import biggan, networks
 
 CLASSES = 3

@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs, tiny
 from vitgan_jax import checkpoint, files, partitioning
-from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError, DamagedError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import GANState, create_train_state
 
@@ -100,19 +100,19 @@ def test_earlier_step_can_be_asked_for(saved):
 
 def test_missing_step_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
-    with pytest.raises(config_lib.ConfigError, match="of step 5 in"):
+    with pytest.raises(ConfigError, match="of step 5 in"):
       checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=5)
 
 
 def test_missing_step_zero_is_an_error_that_names_it(saved):
   with checkpoint.create_manager(saved[0]) as manager:
-    with pytest.raises(config_lib.ConfigError, match="of step 0 in"):
+    with pytest.raises(ConfigError, match="of step 0 in"):
       checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=0)
 
 
 def test_workdir_without_checkpoints_is_an_error(tmp_path):
   with checkpoint.create_manager(tmp_path) as manager:
-    with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
+    with pytest.raises(ConfigError, match="no checkpoint in"):
       checkpoint.restore(manager, CONFIG, NETS, mesh_of(8))
 
 
@@ -120,7 +120,7 @@ def test_workdir_without_checkpoints_is_an_error(tmp_path):
 def test_checkpoint_of_another_model_is_an_error_of_one_line(saved, field):
   config = tiny.tiny_config({field: 2})
   with checkpoint.create_manager(saved[0]) as manager:
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
       checkpoint.restore(manager, config, networks.build(config), mesh_of(8))
   assert str(saved[0]) in str(error.value) and "\n" not in str(error.value)
 
@@ -273,7 +273,7 @@ def test_no_whole_checkpoint_is_one_line_and_none_is_renamed(saved, tmp_path):
     cut(workdir / "checkpoints" / str(step))
   before = runs.snapshot(workdir)
   with checkpoint.create_manager(workdir) as manager:
-    with pytest.raises(config_lib.DamagedError) as error:
+    with pytest.raises(DamagedError) as error:
       checkpoint.restore_last(manager, CONFIG, NETS, mesh_of(8), set_aside=True)
   message = str(error.value)
   assert "checkpoint 3" in message and "checkpoint 7" in message
@@ -299,7 +299,7 @@ def test_full_disk_is_one_line_and_older_checkpoints_stay_whole(tmp_path):
   with checkpoint.create_manager(tmp_path) as manager:
     checkpoint.save(manager, states[0], {})
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     with checkpoint.create_manager(tmp_path) as manager:
       # As much as a disk could be full: the system refuses to write on.
       resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
@@ -329,7 +329,7 @@ def test_name_that_this_process_has_in_other_bytes_is_refused(
   monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1"))
   with checkpoint.create_manager(tmp_path / "plain"):
     pass
-  with pytest.raises(config_lib.ConfigError, match="PYTHONUTF8=1"):
+  with pytest.raises(ConfigError, match="PYTHONUTF8=1"):
     with checkpoint.create_manager(tmp_path / "bücher"):
       pass
   assert [path.name for path in tmp_path.iterdir()] == ["plain"]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from configs import cips_cifar10
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import cips, networks
 
 SIZE, FEATURES, LATENT = 8, 6, 5

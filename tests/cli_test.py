@@ -14,7 +14,7 @@ import setuptools
 from tests import runs
 from vitgan_jax import cli
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 def test_words_that_are_no_flags_are_refused():

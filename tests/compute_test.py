@@ -4,7 +4,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import compute, fid, kid, statistics
 from vitgan_jax.metrics.feature_network import Features
 from vitgan_jax.metrics.reference import Reference
@@ -63,7 +63,7 @@ def test_names_of_another_network_never_say_fid():
 
 @pytest.mark.parametrize("num_fake", [10, 500])
 def test_too_few_images_are_an_error_of_one_line(num_fake):
-  with pytest.raises(config_lib.ConfigError, match="too few") as error:
+  with pytest.raises(ConfigError, match="too few") as error:
     compute.scores("inception", *sets(num_fake=num_fake))
   assert "\n" not in str(error.value)
 
@@ -164,9 +164,9 @@ def test_images_that_are_enough_are_known_before(num_features, monkeypatch):
     ("real", (enough - 1, enough)),
     ("generated", (enough, enough - 1)),
   ):
-    with pytest.raises(config_lib.ConfigError, match="too few"):
+    with pytest.raises(ConfigError, match="too few"):
       scores(*counts)
     with pytest.raises(
-      config_lib.ConfigError, match=f"{kind} images are too few.*{enough:,}$"
+      ConfigError, match=f"{kind} images are too few.*{enough:,}$"
     ):
       compute.check_count(network, kind, enough - 1)

@@ -7,6 +7,7 @@ import pytest
 from tests import runs, tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import files
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds
 
 CHOICES = {
@@ -35,7 +36,7 @@ def test_every_choice_is_valid(field, value):
 
 @pytest.mark.parametrize("field", CHOICES)
 def test_another_choice_is_an_error_that_names_the_field(field):
-  with pytest.raises(config_lib.ConfigError, match=f"config.{field}='other'"):
+  with pytest.raises(ConfigError, match=f"config.{field}='other'"):
     config_lib.validate(tiny.tiny_config({field: "other"}))
 
 
@@ -78,7 +79,7 @@ def test_another_choice_is_an_error_that_names_the_field(field):
   ],
 )
 def test_value_out_of_range_is_an_error_that_names_the_field(field, value):
-  with pytest.raises(config_lib.ConfigError, match=f"config.{field}="):
+  with pytest.raises(ConfigError, match=f"config.{field}="):
     config_lib.validate(tiny.tiny_config({field: value}))
 
 
@@ -94,14 +95,14 @@ def test_crop_that_is_no_square_is_an_error(crop):
   config = tiny.tiny_config()
   with config.unlocked():
     config.data.crop = crop
-  with pytest.raises(config_lib.ConfigError, match=r"config\.data\.crop="):
+  with pytest.raises(ConfigError, match=r"config\.data\.crop="):
     config_lib.validate(config)
 
 
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_patch_must_divide_the_image(network):
   config = tiny.tiny_config({f"{network}.patch_size": 3})
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   assert f"config.{network}.patch_size=3" in str(error.value)
   assert "config.data.image_size=8" in str(error.value)
@@ -110,7 +111,7 @@ def test_patch_must_divide_the_image(network):
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_heads_must_divide_the_width(network):
   config = tiny.tiny_config({f"{network}.num_heads": 5})
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   assert f"config.{network}.num_heads=5" in str(error.value)
   assert f"config.{network}.width=16" in str(error.value)
@@ -124,14 +125,14 @@ def test_convolutional_decoder_needs_a_power_of_two():
   }
   config_lib.validate(tiny.tiny_config(fields))
   config = tiny.tiny_config({**fields, "generator.patch_decoder": "conv"})
-  with pytest.raises(config_lib.ConfigError, match="power of two"):
+  with pytest.raises(ConfigError, match="power of two"):
     config_lib.validate(config)
 
 
 def test_messages_are_one_line():
   for field in [*CHOICES, "augment.probability", "batch_size"]:
     bad = "other" if field in CHOICES else -1
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
       config_lib.validate(tiny.tiny_config({field: bad}))
     assert "\n" not in str(error.value)
 
@@ -204,7 +205,7 @@ def test_another_config_is_refused_and_the_workdir_left_alone(tmp_path):
   config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
   before = runs.snapshot(tmp_path)
   config = tiny.tiny_config({"seed": 7, "generator.depth": 9})
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.claim_workdir(config, tmp_path)
   assert "seed is 0 there and 7 here" in str(error.value)
   assert "generator.depth is 1 there and 9 here" in str(error.value)
@@ -218,7 +219,7 @@ def test_workdir_of_an_older_version_is_refused(tmp_path):
   fields = json.loads(path.read_text())
   del fields["seed"]
   path.write_text(json.dumps(fields))
-  with pytest.raises(config_lib.ConfigError, match="seed"):
+  with pytest.raises(ConfigError, match="seed"):
     config_lib.claim_workdir(tiny.tiny_config(), tmp_path)
 
 
@@ -227,7 +228,7 @@ def test_folder_without_a_readable_config_is_an_error(tmp_path, content):
   if content is not None:
     (tmp_path / "config.json").write_text(content)
   before = runs.snapshot(tmp_path)
-  with pytest.raises(config_lib.ConfigError, match=str(tmp_path)) as error:
+  with pytest.raises(ConfigError, match=str(tmp_path)) as error:
     config_lib.load(tmp_path)
   assert "\n" not in str(error.value)
   assert runs.snapshot(tmp_path) == before
@@ -268,21 +269,21 @@ def test_field_of_another_type_is_an_error_of_one_line(tmp_path, field, value):
   inner = values[parents[0]] if parents else values
   inner[name] = value
   (tmp_path / "config.json").write_text(json.dumps(values))
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.load(tmp_path)
   assert "\n" not in str(error.value)
 
 
 def test_crop_of_no_numbers_is_an_error():
   config = tiny.tiny_config({"data.crop": ("a", 1, 2, 3)})
-  with pytest.raises(config_lib.ConfigError, match="wrong type or size"):
+  with pytest.raises(ConfigError, match="wrong type or size"):
     config_lib.validate(config)
 
 
 @pytest.mark.parametrize("workdir", ["file", "file/run"])
 def test_workdir_that_cannot_be_made_is_an_error(tmp_path, workdir):
   (tmp_path / "file").write_text("")
-  with pytest.raises(config_lib.ConfigError, match="file"):
+  with pytest.raises(ConfigError, match="file"):
     config_lib.claim_workdir(tiny.tiny_config(), tmp_path / workdir)
   assert (tmp_path / "file").read_text() == ""
 
@@ -308,7 +309,7 @@ def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
   del values["g_optimizer"]["decay"], values["generator"]["width"]
   values["generator"]["breadth"] = 16
   path.write_text(json.dumps(values))
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.load(tmp_path)
   message = str(error.value)
   for field in (
@@ -326,6 +327,6 @@ def test_config_of_another_version_is_an_error_that_names_the_fields(tmp_path):
 
 def test_message_is_one_line_whatever_it_quotes():
   kind = ml_collections.ConfigDict({"a": 1, "b": 2})
-  with pytest.raises(config_lib.ConfigError, match="kind=a: 1 b: 2") as error:
+  with pytest.raises(ConfigError, match="kind=a: 1 b: 2") as error:
     kinds.kind_of("discriminator", kind)
   assert len(str(error.value).splitlines()) == 1

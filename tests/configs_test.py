@@ -14,6 +14,7 @@ from configs.sweeps import systems
 from tests import tiny
 from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.gan_step import train_step
 from vitgan_jax.models import kinds, networks
 from vitgan_jax.train_state import create_train_state
@@ -401,7 +402,7 @@ def test_unknown_argument_is_an_error(module, word):
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
 def test_unknown_kind_is_an_error_that_names_the_known(network):
   with pytest.raises(
-    config_lib.ConfigError, match=f"{network}.kind='other' .* one of vitgan"
+    ConfigError, match=f"{network}.kind='other' .* one of vitgan"
   ):
     get_config(f"digits:{network[0]}=other")
 
@@ -445,7 +446,7 @@ def test_another_kind_has_its_own_fields_and_all_else_stays():
 def test_another_kind_with_fields_of_this_one_is_an_error_that_helps():
   config = get_config("digits")
   config.generator.kind = "other"
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   assert "generator.width" in str(error.value)
   assert "--config=FILE.py:g=other" in str(error.value)

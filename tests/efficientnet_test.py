@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import efficientnet
 
 torch = pytest.importorskip("torch")

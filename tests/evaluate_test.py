@@ -14,6 +14,7 @@ from tests import checkpoint_test, monitor_test, runs, tiny, toy_features
 from vitgan_jax import checkpoint, evaluate, partitioning, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
+from vitgan_jax.errors import ConfigError, DamagedError
 from vitgan_jax.metrics import features, fid, reference, score, statistics
 
 NUM_SAMPLES = 1000
@@ -236,7 +237,7 @@ def test_what_a_crash_left_of_files_is_passed_over(evaluated, tmp_path, capsys):
   (workdir / "scores.jsonl").write_bytes(line + line[:-9])
   checkpoint_test.cut(workdir / "checkpoints" / "8")
   before = runs.snapshot(workdir / "checkpoints")
-  with pytest.raises(config_lib.DamagedError, match="checkpoint 8"):
+  with pytest.raises(DamagedError, match="checkpoint 8"):
     evaluate_quietly(workdir, "8")
   for which in ("all", "last"):
     output = evaluate_quietly(workdir, which)
@@ -258,7 +259,7 @@ def test_best_that_is_damaged_gives_way_to_the_next(digits_run, tmp_path):
   assert keep(record_of(5, 3.0))
   checkpoint_test.cut(tmp_path / "best" / "checkpoints" / "5")
   (tmp_path / "best" / "config.json").write_text("{")
-  with pytest.raises(config_lib.DamagedError, match="is damaged: it holds no"):
+  with pytest.raises(DamagedError, match="is damaged: it holds no"):
     checkpoint.load_run(tmp_path / "best")
   assert keep(record_of(6, 4.0))
   run = checkpoint.load_run(tmp_path / "best")
@@ -279,7 +280,7 @@ def test_bad_arguments_are_errors_before_anything_is_computed(
   workdir, arguments, message, monkeypatch
 ):
   monkeypatch.setattr(reference, "load", None)
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(ConfigError, match=message) as error:
     evaluate_quietly(workdir, **arguments)
   assert "\n" not in str(error.value)
   assert not (workdir / "scores.jsonl").exists()
@@ -324,14 +325,14 @@ def test_reference_that_does_not_fit_is_an_error(workdir, tmp_path):
   for folder, message in ((tmp_path, "no card.json"), (None, "of 8 px")):
     data = digits.get_config("smoke").data
     data.image_size = 8
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
       evaluate_quietly(workdir, real=folder or prepare.prepare(data))
   assert not (workdir / "scores.jsonl").exists()
 
 
 def test_workdir_without_checkpoints_is_an_error(workdir):
   shutil.rmtree(workdir / "checkpoints")
-  with pytest.raises(config_lib.ConfigError, match="no checkpoint"):
+  with pytest.raises(ConfigError, match="no checkpoint"):
     evaluate_quietly(workdir)
 
 
@@ -368,7 +369,7 @@ def test_training_scores_itself(tmp_path, evaluated):
 @pytest.mark.slow
 def test_scores_that_cannot_be_kept_are_printed_all_the_same(workdir, capsys):
   (workdir / "best").write_text("in the way")
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     evaluate.evaluate(workdir, "all", num_samples=NUM_SAMPLES)
   output = capsys.readouterr().out
   assert output.count("fd_tiny1k ") == 2

@@ -11,7 +11,7 @@ from tests import runs
 from tests.trained_test import untrained
 from vitgan_jax import config as config_lib
 from vitgan_jax import export, sample, trained
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds, networks
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from tests import toy_features
 from tests.datasets import noise
-from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import features, inception
 
 
@@ -47,11 +47,11 @@ def test_every_image_is_seen_once_in_the_order_that_is_told(
 
 def test_missing_inception_says_what_else_there_is(monkeypatch):
   def fail(path):
-    raise config_lib.ConfigError("no weights")
+    raise ConfigError("no weights")
 
   monkeypatch.setattr(inception, "load", fail)
   with pytest.raises(
-    config_lib.ConfigError, match=r"no weights.*--features=efficientnet.*no FID"
+    ConfigError, match=r"no weights.*--features=efficientnet.*no FID"
   ):
     features.load_network("inception")
 

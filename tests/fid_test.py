@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 
 from tests.reference import normal
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import fid
 from vitgan_jax.metrics.statistics import Statistics, from_features
 

@@ -10,7 +10,7 @@ from etils import epath
 import pytest
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from configs import digits
 from tests import datasets, runs
 from vitgan_jax import film, latent_space, sample
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 
 

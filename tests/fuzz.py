@@ -49,8 +49,8 @@ from PIL import Image
 from tests import datasets, runs, tiny
 from vitgan_jax import checkpoint, cli, files, partitioning, results, trained
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, lsun, pipeline, prepare
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import efficientnet, torch_files
 from vitgan_jax.models import kinds, networks
 from vitgan_jax.train_state import create_train_state

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from configs import ganformer_cifar10
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import ganformer, networks
 
 SIZE, LATENTS, DIM = 8, 3, 8

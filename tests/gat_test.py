@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from configs import gat_cifar10
 from tests import tiny
-from vitgan_jax import config as config_lib
 from vitgan_jax import gan_step, partitioning, train_state
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import gat, networks
 
 GRID, WIDTH, HEADS, LEVELS, CLASSES = 3, 24, 3, 2, 4
@@ -266,7 +266,7 @@ def test_all_parameters_are_trained():
 
 
 def test_other_levels_than_those_of_the_other_network_are_refused():
-  with pytest.raises(config_lib.ConfigError, match="must be equal, or one"):
+  with pytest.raises(ConfigError, match="must be equal, or one"):
     config_of("", **{"generator.num_levels": 2, "discriminator.num_levels": 3})
 
 
@@ -279,5 +279,5 @@ def test_other_levels_than_those_of_the_other_network_are_refused():
   ],
 )
 def test_sizes_that_cannot_be_are_refused(changes, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     config_of("", **changes)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.reference import normal
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics.inception_score import inception_score
 
 # Does not divide by 10: splits of 20 and of 21 images.

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.flops import model_flops
 from tests import fidelity
 from vitgan_jax import partitioning
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import inception, torch_files
 
 torch = fidelity.torch

@@ -7,6 +7,7 @@ from tests import runs
 from vitgan_jax import config as config_lib
 from vitgan_jax import judge_digits
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 
 
 class Oracle:
@@ -64,6 +65,6 @@ def test_run_on_another_dataset_is_refused(digits_run, tmp_path):
   config = config_lib.load(digits_run.workdir).unlock()
   config.data.dataset = "cifar10"
   config_lib.claim_workdir(config, tmp_path)
-  with pytest.raises(config_lib.ConfigError, match="cifar10, not on the dig"):
+  with pytest.raises(ConfigError, match="cifar10, not on the dig"):
     judge_digits.evaluate(tmp_path)
   assert runs.snapshot(tmp_path).keys() == {"config.json"}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.reference import normal
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics.kid import kernel_distance
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from launch import local, units
 from tests import runs
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 class Fake:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from configs import cifar10, digits, folder
-from vitgan_jax import config as config_lib
 from vitgan_jax import partitioning
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds, networks
 
 CPU = partitioning.create_mesh(jax.devices()[:1])
@@ -72,7 +71,7 @@ def test_auto_chooses_for_each_network():
 
 @pytest.mark.parametrize("asked, mesh", [("interpret", CPU), ("pallas", TPU)])
 def test_kernels_that_do_not_take_the_batch_are_refused(asked, mesh):
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     networks.with_kernels(build(implementation=asked), mesh, 8)
   message = str(error.value)
   assert f"config.implementation='{asked}' is not for this generator" in message
@@ -82,9 +81,7 @@ def test_kernels_that_do_not_take_the_batch_are_refused(asked, mesh):
 
 
 def test_kernels_of_other_devices_are_refused():
-  with pytest.raises(
-    config_lib.ConfigError, match=r"'pallas' is for TPUs.* cpu"
-  ):
+  with pytest.raises(ConfigError, match=r"'pallas' is for TPUs.* cpu"):
     networks.with_kernels(build(implementation="pallas"), CPU, 16)
 
 

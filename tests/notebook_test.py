@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 from vitgan_jax import checkpoint
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 pytest.importorskip(
   "IPython", reason="IPython is not installed: pip install -e '.[test]'"

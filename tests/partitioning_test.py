@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vitgan_jax import partitioning
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 8])

@@ -11,8 +11,8 @@ import pytest
 from configs import digits
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
-from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
+from vitgan_jax.errors import ConfigError
 
 CARD = {
   **dict.fromkeys(("dataset", "source", "licence", "split", "filter"), "x"),
@@ -139,7 +139,7 @@ def test_file_that_is_missing_or_cut_short_is_an_error(
     datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
     damage(path / "images-00001.npy")
     with pytest.raises(
-      config_lib.ConfigError, match=r"images-00001\.npy is damaged: delete"
+      ConfigError, match=r"images-00001\.npy is damaged: delete"
     ):
       pipeline.PreparedImages(path)
 
@@ -154,7 +154,7 @@ def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
     (path / "card.json").unlink()
   else:
     (path / "card.json").write_text(content)
-  with pytest.raises(config_lib.ConfigError, match=r"card\.json is damaged"):
+  with pytest.raises(ConfigError, match=r"card\.json is damaged"):
     pipeline.PreparedImages(path)
 
 
@@ -174,7 +174,7 @@ def test_card_of_another_form_is_an_error(prepared_folder, tmp_path, damage):
   )
   card = json.loads((path / "card.json").read_text())
   (path / "card.json").write_text(json.dumps(card | damage))
-  with pytest.raises(config_lib.ConfigError, match=r"card\.json is damaged"):
+  with pytest.raises(ConfigError, match=r"card\.json is damaged"):
     pipeline.PreparedImages(path)
 
 
@@ -190,12 +190,12 @@ def test_damaged_labels_are_an_error(prepared_folder, tmp_path):
   torn = labels.read_bytes().replace(b"}", b" ", 1)
   for content in (labels.read_bytes(), b"", b"text", torn):
     labels.write_bytes(content)
-    with pytest.raises(config_lib.ConfigError, match=r"labels\.npy is damaged"):
+    with pytest.raises(ConfigError, match=r"labels\.npy is damaged"):
       images.labels()
 
 
 def test_dataset_without_classes_has_no_labels(prepared_folder):
-  with pytest.raises(config_lib.ConfigError, match="no class labels"):
+  with pytest.raises(ConfigError, match="no class labels"):
     pipeline.PreparedImages(prepared_folder).labels()
 
 
@@ -312,7 +312,7 @@ def test_state_is_a_few_numbers(prepared_folder):
 def test_state_of_other_images_is_refused(prepared_folder, change):
   images = pipeline.PreparedImages(prepared_folder)
   stream = pipeline.ShuffledBatches(images, 4, 5)
-  with pytest.raises(config_lib.ConfigError, match="not the same"):
+  with pytest.raises(ConfigError, match="not the same"):
     stream.step_of(stream.state_at(3) | change)
 
 
@@ -394,10 +394,10 @@ def test_prefetch_works_ahead_and_not_too_far():
 def test_prefetch_passes_errors_on():
   def make(x):
     if x == 2:
-      raise config_lib.ConfigError("no more")
+      raise ConfigError("no more")
     return x
 
   items = pipeline.prefetch(make, range(5))
   assert [next(items), next(items)] == [0, 1]
-  with pytest.raises(config_lib.ConfigError, match="no more"):
+  with pytest.raises(ConfigError, match="no more"):
     next(items)

@@ -15,8 +15,8 @@ import pytest
 
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
-from vitgan_jax import config as config_lib
 from vitgan_jax.data import archives, decode, pipeline, prepare, shards
+from vitgan_jax.errors import ConfigError
 
 
 def write_images(path, num_images, size=8):
@@ -275,7 +275,7 @@ def test_two_folders_of_the_same_names_and_sizes_are_two_datasets(data):
   others = pipeline.load_images(data)
   assert others.path != whole.path
   np.testing.assert_array_equal(others[:], images)
-  with pytest.raises(config_lib.ConfigError, match="not the same"):
+  with pytest.raises(ConfigError, match="not the same"):
     state = pipeline.ShuffledBatches(whole, 4, 0).state_at(1)
     pipeline.ShuffledBatches(others, 4, 0).step_of(state)
 
@@ -297,10 +297,10 @@ def test_whole_dataset_is_opened_without_its_source(data, capsys):
   assert f"Nothing is at {data.path} to compare with: {prepared.path}" in output
   np.testing.assert_array_equal(pipeline.load_images(data)[:], prepared[:])
   data.split = "train[:4]"  # of which nothing is prepared
-  with pytest.raises(config_lib.ConfigError, match="no folder or zip at"):
+  with pytest.raises(ConfigError, match="no folder or zip at"):
     prepare.prepare(data)
   data.update(split="train", path=f"{data.path}.other")
-  with pytest.raises(config_lib.ConfigError, match="no folder or zip at"):
+  with pytest.raises(ConfigError, match="no folder or zip at"):
     prepare.prepare(data)
 
 
@@ -363,9 +363,7 @@ def test_too_many_corrupt_images_are_an_error(tmp_path, small_shards):
   corrupt(data, ["00007.png"])  # one in a hundred may be
   assert len(pipeline.load_images(data)) == 99
   corrupt(data, ["00008.png"])
-  with pytest.raises(
-    config_lib.ConfigError, match=r"0000[78]\.png.*1%"
-  ) as error:
+  with pytest.raises(ConfigError, match=r"0000[78]\.png.*1%") as error:
     pipeline.load_images(data)
   assert "\n" not in str(error.value)
   left = [path.name for path in (tmp_path / "data").rglob("*.partial")]
@@ -390,7 +388,7 @@ def test_images_smaller_than_the_crop_are_named(tmp_path, small_shards):
     path=str(tmp_path / "images"),
     crop=(0, 0, 9, 9),
   )
-  with pytest.raises(config_lib.ConfigError, match="8 x 8 pixels"):
+  with pytest.raises(ConfigError, match="8 x 8 pixels"):
     pipeline.load_images(data)
 
 
@@ -399,7 +397,7 @@ def test_dataset_that_lacks_images_is_not_filled_up(data, monkeypatch):
     return list(read(self, k))[:-1]
 
   monkeypatch.setattr(shards.ShardMaker, "_read", read)
-  with pytest.raises(config_lib.ConfigError, match="13 images of the 18"):
+  with pytest.raises(ConfigError, match="13 images of the 18"):
     pipeline.load_images(data)
   assert not prepare.prepared_path(data).exists()
 
@@ -408,9 +406,7 @@ def test_disk_that_is_too_small_is_said_before_the_work(data, monkeypatch):
   usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   monkeypatch.setattr(decode, "decode", None)
-  with pytest.raises(
-    config_lib.ConfigError, match=r"0\.0 GB are free"
-  ) as error:
+  with pytest.raises(ConfigError, match=r"0\.0 GB are free") as error:
     pipeline.load_images(data)
   assert "config.data.data_dir" in str(error.value)
 
@@ -429,7 +425,7 @@ def test_disk_that_fills_up_is_an_error_and_keeps_what_is_done(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(shards, "_num_cores", lambda: 1)
     patch.setattr(shards, "open", open_file, raising=False)
-    with pytest.raises(config_lib.ConfigError, match="No space left") as error:
+    with pytest.raises(ConfigError, match="No space left") as error:
       pipeline.load_images(data)
   assert "\n" not in str(error.value)
   path = prepare.prepared_path(data)
@@ -441,7 +437,7 @@ def test_disk_that_fills_up_is_an_error_and_keeps_what_is_done(
 def test_folder_that_cannot_be_written_is_an_error(data, tmp_path):
   (tmp_path / "file").write_text("in the way")
   data.data_dir = str(tmp_path / "file")
-  with pytest.raises(config_lib.ConfigError, match="cannot prepare"):
+  with pytest.raises(ConfigError, match="cannot prepare"):
     pipeline.load_images(data)
 
 

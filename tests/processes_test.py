@@ -12,7 +12,7 @@ import pytest
 from configs import digits
 from tests import monitor_test, runs
 from vitgan_jax import cli, evaluate, processes
-from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 
 DIGITS = f"--config={runs.ROOT}/configs/digits.py:smoke"
 
@@ -157,16 +157,16 @@ def test_process_that_finds_no_other_ends_with_one_line(tmp_path):
   ],
 )
 def test_flags_that_do_not_go_together_are_errors(flags, message):
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(ConfigError, match=message) as error:
     processes.initialize(*flags, preemptible=True)
   assert "\n" not in str(error.value)
 
 
 def test_single_process_needs_no_flags():
   processes.initialize(False, None, None, None, preemptible=True)
-  with pytest.raises(config_lib.ConfigError, match="mine"):
+  with pytest.raises(ConfigError, match="mine"):
     with processes.raise_together():
-      raise config_lib.ConfigError("mine")
+      raise ConfigError("mine")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ from configs import digits
 from tests import datasets, runs, toy_features
 from vitgan_jax import config as config_lib
 from vitgan_jax import latent_space, partitioning, project, sample
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import features
 from vitgan_jax.metrics.feature_network import Features
 from vitgan_jax.models import networks as network_table
@@ -131,9 +132,7 @@ def test_what_is_finished_is_kept_and_the_rest_is_as_without_a_stop(
   monkeypatch.setattr(project, "make_projector", None)  # nothing is left to do
   assert run_it(digits_run, folder, tmp_path / "out", **common) == resumed
   assert runs.snapshot(tmp_path) == before
-  with pytest.raises(
-    config_lib.ConfigError, match=r"has projections with seed=1.*seed=2"
-  ):
+  with pytest.raises(ConfigError, match=r"has projections with seed=1.*seed=2"):
     run_it(digits_run, folder, tmp_path / "out", num_steps=3, seed=2)
 
 
@@ -168,7 +167,7 @@ def test_without_a_mapping_network_the_latent_is_sought(kind, length):
   expected = np.clip(np.asarray(expected), -1, 1) * 127.5 + 127.5
   assert np.abs(images - expected).max() <= 1
   assert sum(after.values()).sum() < sum(before.values()).sum()
-  with pytest.raises(config_lib.ConfigError, match="--space=w"):
+  with pytest.raises(ConfigError, match="--space=w"):
     project.make_projector(*arguments, "w+", 20)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs as runs_lib
 from vitgan_jax import pictures, results
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 RESULTS = runs_lib.ROOT / "results"
 # Those that the command makes have a sheet of samples.

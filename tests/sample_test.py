@@ -11,7 +11,7 @@ import pytest
 from configs import digits
 from tests import runs
 from vitgan_jax import checkpoint, partitioning, pictures, sample
-from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_float, to_uint8
 
@@ -292,7 +292,7 @@ def test_bad_number_is_an_error_and_makes_nothing(
   workdir, num_samples, seed, match
 ):
   before = runs.snapshot(workdir)
-  with pytest.raises(config_lib.ConfigError, match=match):
+  with pytest.raises(ConfigError, match=match):
     sample.sample(workdir, num_samples, seed, workdir / "new")
   assert runs.snapshot(workdir) == before
 
@@ -303,7 +303,7 @@ def test_output_that_is_there_is_left_alone(workdir, output):
   (workdir / "folder" / "mine.txt").write_text("mine")
   (workdir / "file").write_text("mine")
   before = runs.snapshot(workdir)
-  with pytest.raises(config_lib.ConfigError, match=output):
+  with pytest.raises(ConfigError, match=output):
     sample.sample(workdir, 2, 0, workdir / output)
   assert runs.snapshot(workdir) == before
 
@@ -314,9 +314,7 @@ def test_output_that_cannot_be_made_is_an_error_before_it_is_drawn(
   (workdir / "file").write_text("mine")
   before = runs.snapshot(workdir)
   monkeypatch.setattr(sample, "make_sampler", None)
-  with pytest.raises(
-    config_lib.ConfigError, match=r"--output=.*/file/new: Not"
-  ):
+  with pytest.raises(ConfigError, match=r"--output=.*/file/new: Not"):
     sample.sample(workdir, 2, 0, workdir / "file" / "new")
   assert runs.snapshot(workdir) == before
 
@@ -324,7 +322,7 @@ def test_output_that_cannot_be_made_is_an_error_before_it_is_drawn(
 def test_workdir_without_checkpoints_is_an_error_and_left_alone(workdir):
   shutil.rmtree(workdir / "checkpoints")
   before = runs.snapshot(workdir)
-  with pytest.raises(config_lib.ConfigError, match="no checkpoint in"):
+  with pytest.raises(ConfigError, match="no checkpoint in"):
     sample.sample(workdir, 2, 0, workdir / "new")
   assert runs.snapshot(workdir) == before
 

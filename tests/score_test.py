@@ -8,8 +8,8 @@ import scipy.linalg
 
 from tests import datasets, runs, toy_features
 from tests.datasets import data_config, encode, noise
-from vitgan_jax import config as config_lib
 from vitgan_jax.data import prepare
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import (
   features,
   fid,
@@ -127,7 +127,7 @@ def test_what_cannot_be_scored_is_one_clear_line(
   tmp_path, name, files, message
 ):
   datasets.write_folder(tmp_path / "x", files)
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     score.load_images(tmp_path / name)
   assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -217,13 +217,13 @@ def test_mean_and_covariance_give_the_frechet_distance_alone(
 
 def test_mean_and_covariance_of_another_network_are_refused(tmp_path):
   moments = statistics.from_moments(np.zeros(2048), np.eye(2048))
-  with pytest.raises(config_lib.ConfigError, match="same network"):
+  with pytest.raises(ConfigError, match="same network"):
     score.score(moments, smooth(1000, seed=0), toy_features.tiny())
 
 
 @pytest.mark.parametrize("arguments", [[], ["one"], ["a", "b", "c"]])
 def test_wrong_call_is_an_error_that_says_how(arguments):
-  with pytest.raises(config_lib.ConfigError, match=r"usage: .* REAL FAKE"):
+  with pytest.raises(ConfigError, match=r"usage: .* REAL FAKE"):
     score.main(arguments)
 
 

@@ -19,8 +19,8 @@ from configs import (
 )
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
-from vitgan_jax import config as config_lib
 from vitgan_jax.data import decode, pipeline, prepare, source, sources
+from vitgan_jax.errors import ConfigError
 
 
 def as_prepared(encoded, data):
@@ -157,7 +157,7 @@ def test_celeba_is_read_from_its_one_zip(tmp_path):
 def test_zip_of_other_names_is_not_celeba(tmp_path):
   path = datasets.write_zip(tmp_path / "x.zip", {"a/cat.jpg": jpegs(1)[0]})
   data = data_config(tmp_path, "celeb_a", path=str(path))
-  with pytest.raises(config_lib.ConfigError, match=r"a/cat\.jpg"):
+  with pytest.raises(ConfigError, match=r"a/cat\.jpg"):
     pipeline.load_images(data)
 
 
@@ -234,7 +234,7 @@ def test_what_is_not_there_is_one_line_that_says_what_to_do(
   archive = datasets.write_zip(tmp_path / "damaged.zip", {"data.mdb": b"one"})
   archive.write_bytes(archive.read_bytes().replace(b"one", b"two"))
   data = data_config(tmp_path / "data", dataset, path=path)
-  with pytest.raises(config_lib.ConfigError, match=message) as error:
+  with pytest.raises(ConfigError, match=message) as error:
     pipeline.load_images(data)
   assert "\n" not in str(error.value)
 
@@ -383,7 +383,7 @@ def test_parts_of_splits_are_those_of_tfds(split):
 )
 def test_part_without_images_is_an_error_of_one_line(split):
   digits = source.Source("x/1.0.0", "", "", {"train": 1000, "test": 3}, None)
-  with pytest.raises(config_lib.ConfigError, match="has train, test") as error:
+  with pytest.raises(ConfigError, match="has train, test") as error:
     digits.parts(split)
   assert repr(split) in str(error.value) and "\n" not in str(error.value)
 
@@ -453,19 +453,19 @@ def test_order_does_not_depend_on_files_or_shards(tmp_path, monkeypatch):
 
 def test_unknown_split_is_an_error_that_lists_the_splits(tmp_path):
   data = data_config(tmp_path, "sklearn_digits", split="valid")
-  with pytest.raises(config_lib.ConfigError, match="it has train, test"):
+  with pytest.raises(ConfigError, match="it has train, test"):
     pipeline.load_images(data)
 
 
 def test_unknown_split_of_lsun_downloads_nothing(tmp_path, no_network):
   data = data_config(tmp_path, "lsun/bedroom", split="test")
-  with pytest.raises(config_lib.ConfigError, match="has train, validation"):
+  with pytest.raises(ConfigError, match="has train, validation"):
     pipeline.load_images(data)
 
 
 @pytest.mark.parametrize("dataset", ["glue", "nyu_depth_v2"])
 def test_dataset_without_images_is_an_error(tmp_path, dataset, monkeypatch):
-  with pytest.raises(config_lib.ConfigError, match="has no images"):
+  with pytest.raises(ConfigError, match="has no images"):
     builder = tfds.builder(dataset, data_dir=str(tmp_path))
     features = dict(builder.info.features)
     features.pop("image", None)  # of nyu_depth_v2 the floats are left
@@ -480,7 +480,7 @@ def test_dataset_that_does_not_exist_is_an_error_with_a_hint(
     raise tfds.core.registered.DatasetNotFoundError(f"{name}\nnot found")
 
   monkeypatch.setattr(tfds, "builder", unknown)
-  with pytest.raises(config_lib.ConfigError, match="cifar10") as error:
+  with pytest.raises(ConfigError, match="cifar10") as error:
     pipeline.load_images(data_config(tmp_path, "cifr10"))
   assert "'cifr10'" in str(error.value) and "\n" not in str(error.value)
 
@@ -516,7 +516,7 @@ def no_network(monkeypatch):
 def test_download_that_fails_is_an_error_that_says_what_to_do(
   no_network, tmp_path, dataset, advice
 ):
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     pipeline.load_images(data_config(tmp_path, dataset))
   message = str(error.value)
   assert "no route to host" in message and "\n" not in message
@@ -528,7 +528,7 @@ def test_download_that_fails_is_an_error_that_says_what_to_do(
 
 def test_data_dir_must_be_a_local_folder():
   data = data_config("gs://bucket/data", "cifar10")
-  with pytest.raises(config_lib.ConfigError, match="gs://bucket/data"):
+  with pytest.raises(ConfigError, match="gs://bucket/data"):
     pipeline.load_images(data)
 
 
@@ -545,7 +545,7 @@ def test_host_that_does_not_answer_is_given_up_soon(
   monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
   send = requests.adapters.HTTPAdapter.send
   begin = time.monotonic()
-  with pytest.raises(config_lib.ConfigError, match="Timeout") as error:
+  with pytest.raises(ConfigError, match="Timeout") as error:
     pipeline.load_images(data_config(tmp_path, dataset))
   assert "\n" not in str(error.value)
   assert waits and time.monotonic() - begin + sum(waits) < 30

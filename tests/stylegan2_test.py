@@ -19,6 +19,7 @@ from tests import tiny
 from tests.reference import normal
 from vitgan_jax import config as config_lib
 from vitgan_jax import gan_step, partitioning, sample, train, train_state
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds, networks, stylegan2
 from vitgan_jax.models.convolutions import draw_noise
 
@@ -315,7 +316,7 @@ def test_mean_of_w_and_path_length_move_in_the_generators_step():
 def test_group_must_be_whole_on_each_device(tmp_path):
   config = small_config(**{"discriminator.group_size": 4, "batch_size": 16})
   with pytest.raises(
-    config_lib.ConfigError,
+    ConfigError,
     match=r"=16 must be a multiple of the 8 devices times "
     r"config\.discriminator\.group_size=4",
   ):
@@ -331,7 +332,7 @@ def test_size_of_images_must_be_a_power_of_two(network, size):
   for name in kinds.TABLES:
     if config[name].kind == "vitgan":
       config[name].patch_size = 4
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   message = str(error.value)
   assert f"config.{network}.kind='stylegan2'" in message
@@ -354,16 +355,14 @@ def test_size_of_images_must_be_a_power_of_two(network, size):
   ],
 )
 def test_field_out_of_range_is_named(field, value):
-  with pytest.raises(config_lib.ConfigError, match=f"{field}={value!r}"):
+  with pytest.raises(ConfigError, match=f"{field}={value!r}"):
     config_lib.validate(small_config(**{field: value}))
 
 
 def test_path_length_wants_a_generator_with_styles():
   config = digits.get_config()
   config.loss.path_length_weight = 2.0
-  with pytest.raises(
-    config_lib.ConfigError, match=r"kind='vitgan' has no styles"
-  ):
+  with pytest.raises(ConfigError, match=r"kind='vitgan' has no styles"):
     config_lib.validate(config)
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax.config import check_fields
+from vitgan_jax.errors import check_fields
 from vitgan_jax.models.kinds import Kind
 from vitgan_jax.partitioning import BATCH_AXES
 

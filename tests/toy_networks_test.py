@@ -27,6 +27,7 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import features, score
 from vitgan_jax.models import kinds, networks
 
@@ -326,5 +327,5 @@ def test_micro_batches_have_statistics_of_their_own():
 
 def test_field_out_of_range_is_named():
   config = toy_config(**{"generator.dropout": 1.5})
-  with pytest.raises(config_lib.ConfigError, match=r"generator\.dropout=1.5"):
+  with pytest.raises(ConfigError, match=r"generator\.dropout=1.5"):
     config_lib.validate(config)

@@ -13,7 +13,7 @@ from benchmarks.flops import model_flops
 from configs import cifar10, digits
 from tests import runs
 from vitgan_jax import cli, partitioning
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 

@@ -23,6 +23,7 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline, prepare
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 
 
@@ -406,7 +407,7 @@ def test_run_does_not_go_on_with_other_images(digits_run, tmp_path):
   config.data.data_dir = str(tmp_path / "data")  # ... under the same name
   shutil.copytree(other, prepare.prepared_path(config.data))
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
-  with pytest.raises(config_lib.ConfigError, match=r"1,497 images.*1,496"):
+  with pytest.raises(ConfigError, match=r"1,497 images.*1,496"):
     runs.train_quietly(config, workdir)
   assert saved_steps(workdir) == [4, 8]
 
@@ -417,7 +418,7 @@ def test_second_run_in_a_workdir_is_refused(digits_run, tmp_path):
   workdir = shutil.copytree(digits_run.workdir, tmp_path / "run")
   before = (workdir / "config.json").read_bytes()
   with files.hold(workdir, "--workdir"):
-    with pytest.raises(config_lib.ConfigError, match="in use by process"):
+    with pytest.raises(ConfigError, match="in use by process"):
       runs.train_quietly(config, workdir)
   assert (workdir / "config.json").read_bytes() == before
   assert saved_steps(workdir) == [4, 8]
@@ -480,7 +481,7 @@ def test_every_multiple_is_passed_once(every_kimg):
 
 
 def failing(data):
-  raise config_lib.ConfigError("no data")
+  raise ConfigError("no data")
 
 
 @pytest.mark.parametrize(
@@ -505,6 +506,6 @@ def test_run_that_cannot_start_leaves_no_workdir(
   config.update_from_flattened_dict(fields)
   if config.data.dataset == "fails":
     monkeypatch.setattr(pipeline, "load_images", failing)
-  with pytest.raises(config_lib.ConfigError, match=match):
+  with pytest.raises(ConfigError, match=match):
     train.train_and_evaluate(config, tmp_path / "run")
   assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from tests import runs, tiny
 import vitgan_jax
 from vitgan_jax import config as config_lib
 from vitgan_jax import export, files, partitioning, sample, trained
-from vitgan_jax.config import ConfigError, DamagedError
+from vitgan_jax.errors import ConfigError, DamagedError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import create_train_state
 

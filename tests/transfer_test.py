@@ -9,7 +9,7 @@ from configs import digits
 from tests import runs, tiny
 from vitgan_jax import checkpoint, export, partitioning, transfer
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import create_train_state, init_train_state
 

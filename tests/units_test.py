@@ -6,7 +6,7 @@ import pytest
 from configs import cifar10
 from launch import units
 from tests import runs
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 SWEEPS = sorted((runs.ROOT / "configs" / "sweeps").glob("[a-z]*.py"))
 

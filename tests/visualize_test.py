@@ -9,6 +9,7 @@ from tests import runs
 from vitgan_jax import config as config_lib
 from vitgan_jax import visualize
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_best_which_has_no_log_gets_the_other_pictures(digits_run, tmp_path):
 def test_run_with_nothing_to_draw_is_an_error(digits_run, tmp_path):
   config_lib.claim_workdir(digits_run.config, tmp_path)
   (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(config_lib.ConfigError, match="nothing to draw in"):
+  with pytest.raises(ConfigError, match="nothing to draw in"):
     visualize.draw(tmp_path)
   assert not (tmp_path / "curves.png").exists()
 
@@ -134,9 +135,7 @@ def test_folder_that_cannot_be_written_is_an_error_before_it_is_drawn(
 ):
   (tmp_path / "file").write_text("mine")
   monkeypatch.setattr(visualize, "draw_curves", None)
-  with pytest.raises(
-    config_lib.ConfigError, match=r"--output=.*Not a directory"
-  ):
+  with pytest.raises(ConfigError, match=r"--output=.*Not a directory"):
     visualize.draw(digits_run.workdir, tmp_path / "file" / "new")
 
 

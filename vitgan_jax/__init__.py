@@ -14,7 +14,7 @@ def load(path):
     `load("runs/digits").sample(64)` is uint8 [64, 16, 16, 3].
 
   Raises:
-    vitgan_jax.config.ConfigError: if it is neither, or is damaged.
+    vitgan_jax.errors.ConfigError: if it is neither, or is damaged.
   """
   from vitgan_jax import trained  # late: the package itself imports nothing
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, files, partitioning, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError, DamagedError, lasting_fault
+from vitgan_jax.errors import ConfigError, DamagedError, lasting_fault
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 

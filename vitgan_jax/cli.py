@@ -13,7 +13,7 @@ import sys
 from absl import app, flags, logging
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError, lasting_fault
+from vitgan_jax.errors import ConfigError, lasting_fault
 
 # What `define_path` defines is its caller's, in --help too.
 flags.disclaim_key_flags()

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError, check_writable
+from vitgan_jax.errors import ConfigError
 
 _MIN_COMPILE_SECONDS = 0.1  # less is not worth a file
 _NUM_REMEMBERED = 4  # of each function
@@ -50,7 +50,7 @@ def use_cache(folder):
   try:
     path = epath.Path(files.expand(folder))
     # JAX would warn of each program, and of a file in its place with a trace.
-    check_writable(path, "config.compilation_cache")
+    files.check_writable(path, "config.compilation_cache")
   except ConfigError as error:
     files.tell(f"Compiled programs are not kept: {error}")
     return

@@ -1,14 +1,15 @@
 """Checks, names, saves and loads a run's config."""
 
-import errno
 import json
-import os
 import re
 
 from etils import epath
 import ml_collections
 
+from vitgan_jax import files
+from vitgan_jax.errors import ConfigError, DamagedError, check_fields
 from vitgan_jax.kernels import IMPLEMENTATIONS
+from vitgan_jax.models import kinds, networks
 
 # Where a machine keeps things: nothing of the run itself.
 MACHINE_FIELDS = ("compilation_cache", "data.data_dir", "data.path")
@@ -116,102 +117,6 @@ _OPTIMIZER_FIELDS = {
 }
 
 
-# Of the system: what another start would meet again.
-_LASTING = [
-  os.strerror(getattr(errno, name))
-  for name in "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR EFBIG".split()
-]
-
-
-class ConfigError(ValueError):
-  """Something that the user can put right; shown as one line."""
-
-
-class DamagedError(ConfigError):
-  """A file is not what was written."""
-
-
-def parse_json(text, **options):
-  """Returns the value of a text of JSON, str or bytes.
-
-  Raises:
-    ValueError: if it is none, or of lists within lists without end.
-  """
-  try:
-    return json.loads(text, **options)
-  except RecursionError as error:
-    raise ValueError("too deep") from error
-
-
-def lasting_fault(error):
-  """Returns why a disk or a path cannot be used, as a full one; else "".
-
-  Args:
-    error: an OSError, or what a library made of one.
-  """
-  return next((text for text in _LASTING if text in str(error)), "")
-
-
-def check_writable(folder, flag, remedy=""):
-  """Makes a folder, and sees whether files can be written into it.
-
-  Args:
-    folder: epath.Path.
-    flag: that gave it, for the message.
-    remedy: what else to do, the end of the message.
-
-  Raises:
-    ConfigError: if it cannot.
-  """
-  probe = folder / f"writable{os.getpid()}"
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-      probe.write_bytes(b"\0" * 4096)  # a full disk takes names alone
-    finally:
-      probe.unlink(missing_ok=True)  # of a process of another host, it may be
-  except OSError as error:
-    raise ConfigError(
-      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
-    ) from error
-
-
-def check_fields(
-  values, where, *, choices=None, positive=(), not_negative=(), shares=()
-):
-  """Checks some fields of a config, or of a part of it.
-
-  Args:
-    values: {field: value}.
-    where: comes before a field's name in messages, as "config.generator.".
-    choices: {field: its allowed values}.
-    positive: fields that must be positive and finite.
-    not_negative: fields that must be at least 0 and finite.
-    shares: fields that must be in [0, 1].
-
-  Raises:
-    ConfigError: says which field is wrong, and what is allowed.
-  """
-  for field, allowed in (choices or {}).items():
-    if values[field] not in allowed:
-      raise ConfigError(
-        f"{where}{field}={values[field]!r} must be one of {', '.join(allowed)}"
-      )
-  for field in positive:
-    if not 0 < values[field] < float("inf"):
-      raise ConfigError(
-        f"{where}{field}={values[field]} must be positive and finite"
-      )
-  for field in not_negative:
-    if not 0 <= values[field] < float("inf"):
-      raise ConfigError(
-        f"{where}{field}={values[field]} must not be negative or infinite"
-      )
-  for field in shares:
-    if not 0 <= values[field] <= 1:
-      raise ConfigError(f"{where}{field}={values[field]} must be in [0, 1]")
-
-
 def validate(config):
   """Checks the values of a config.
 
@@ -230,8 +135,6 @@ def validate(config):
 
 
 def _validate(config):
-  from vitgan_jax.models import networks  # it imports this module
-
   check_fields(
     flatten(config),
     "config.",
@@ -301,8 +204,6 @@ def later_fields(values):
   Args:
     values: of its config, as `flatten` returns them.
   """
-  from vitgan_jax.models import kinds  # it imports this module
-
   later = _LATER | kinds.later_fields(values)
   return {name: x for name, x in later.items() if name not in values}
 
@@ -314,8 +215,6 @@ def load(workdir):
     ConfigError: if the folder has none, or one of another version.
     DamagedError: if it has one that cannot be read.
   """
-  from vitgan_jax.models import kinds  # it imports this module
-
   path = config_path(workdir)
   if not path.exists():
     raise ConfigError(
@@ -323,7 +222,7 @@ def load(workdir):
       "folder of a training run as --workdir"
     )
   try:
-    values = parse_json(path.read_text(), object_hook=_with_tuples)
+    values = files.parse_json(path.read_text(), object_hook=_with_tuples)
     config = ml_collections.ConfigDict(values)
     config.update_from_flattened_dict(later_fields(flatten(config)))
     config.lock()
@@ -385,11 +284,9 @@ def _names_path(workdir):
 
 def class_names(workdir):
   """Returns the names of a run's classes; [] if it has none, or none known."""
-  from vitgan_jax import files  # it imports this module
-
   path = _names_path(workdir)
   try:
-    names = parse_json(path.read_text()) if path.exists() else []
+    names = files.parse_json(path.read_text()) if path.exists() else []
   except ValueError:
     names = None
   if files.has_form(names, [str]):
@@ -441,8 +338,6 @@ def claim_workdir(config, workdir, names=()):
     ConfigError: if another config made the workdir, where nothing is written
       then, or if it cannot be written into.
   """
-  from vitgan_jax import files  # it imports this module
-
   path = config_path(workdir)
   if not check_workdir(config, workdir):
     aside = path.with_name(f"{path.name}.damaged")

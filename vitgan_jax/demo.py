@@ -19,7 +19,7 @@ import tempfile
 from absl import flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _MAX_SEED = 9999
 _NUM_BETWEEN = 12  # pictures of the interpolation strip

@@ -17,6 +17,7 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError, DamagedError
 from vitgan_jax.events import EventWriter
 from vitgan_jax.metrics import compute, features, neighbours, reference
 from vitgan_jax.models import networks
@@ -211,7 +212,7 @@ def keep(workdir, record, best, config, state, data_state):
   workdir = epath.Path(workdir)
   with processes.raise_together():
     if processes.is_primary():
-      config_lib.check_writable(workdir, "--workdir")
+      files.check_writable(workdir, "--workdir")
       if best:
         names = config_lib.class_names(workdir)
         config_lib.claim_workdir(config, workdir / "best", names)
@@ -261,7 +262,7 @@ def evaluate(
   """
   sample.check_seed(seed)
   if which not in ("last", "all", "watch") and not which.isdigit():
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"--checkpoint={which!r} must be last, all, watch or a step"
     )
   config = config_lib.load(workdir)
@@ -270,9 +271,7 @@ def evaluate(
   if num_samples is None:
     num_samples = config.evaluation.num_samples
   if num_samples < 1:
-    raise config_lib.ConfigError(
-      f"--num_samples={num_samples} must be at least 1"
-    )
+    raise ConfigError(f"--num_samples={num_samples} must be at least 1")
   compilation.use_cache(config.compilation_cache)
   network = network or config.evaluation.features
   with processes.raise_together():
@@ -293,12 +292,10 @@ def evaluate(
         else:
           state = checkpoint.restore(manager, config, nets, mesh, step)
           data_state = checkpoint.restore_data_state(manager, step)
-      except (OSError, config_lib.ConfigError) as error:
+      except (OSError, ConfigError) as error:
         if which == "watch" and step not in manager.all_steps(read=True):
           print(f"Step {step} was deleted before it was scored", flush=True)
-        elif which in ("all", "watch") and isinstance(
-          error, config_lib.DamagedError
-        ):
+        elif which in ("all", "watch") and isinstance(error, DamagedError):
           files.tell(f"Passed over: {error}")
         else:
           raise
@@ -327,11 +324,11 @@ def evaluate(
           _draw(workdir, step, "neighbours", neighbours_of)
           _draw(workdir, step, "interpolation", np.asarray(between))
           _write_scalars(workdir, record)
-      except (OSError, config_lib.ConfigError) as error:
+      except (OSError, ConfigError) as error:
         lost[step] = error
   if lost:
     steps = ", ".join(map(str, lost))
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"the scores of step {steps}, above, are not kept: {lost.popitem()[1]}"
     )
 
@@ -345,14 +342,14 @@ def _real_images(config, folder):
   if folder is None:
     return pipeline.load_images(config.data)
   if not (epath.Path(folder) / "card.json").exists():
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"--reference={folder} is no prepared dataset: it has no card.json. "
       "`python -m vitgan_jax.data.prepare` makes one, and prints its folder"
     )
   images = pipeline.PreparedImages(epath.Path(folder))
   size = images.card["image_size"]
   if size != config.data.image_size:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"--reference={folder} has images of {size} px, and the run makes "
       f"{config.data.image_size} px: prepare them at this size"
     )

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from vitgan_jax import cli
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _OPSET = 21  # of ONNX; browsers lag behind
 _GRID = 64  # samples on grid.png

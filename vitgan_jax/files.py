@@ -14,7 +14,7 @@ import time
 
 from etils import epath
 
-from vitgan_jax.config import ConfigError, check_writable, parse_json
+from vitgan_jax.errors import ConfigError
 
 # Forms of what lines of JSON hold; see `has_form`.
 NUMBER = (int, float)
@@ -77,6 +77,30 @@ def fault_of(folder):
   except (AttributeError, ValueError):
     return f"{CHECKSUMS} is not what was written"
   return None
+
+
+def check_writable(folder, flag, remedy=""):
+  """Makes a folder, and sees whether files can be written into it.
+
+  Args:
+    folder: epath.Path.
+    flag: that gave it, for the message.
+    remedy: what else to do, the end of the message.
+
+  Raises:
+    ConfigError: if it cannot.
+  """
+  probe = folder / f"writable{os.getpid()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+      probe.write_bytes(b"\0" * 4096)  # a full disk takes names alone
+    finally:
+      probe.unlink(missing_ok=True)  # of a process of another host, it may be
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
+    ) from error
 
 
 def check_new(output):
@@ -160,6 +184,18 @@ def whole(path):
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def parse_json(text, **options):
+  """Returns the value of a text of JSON, str or bytes.
+
+  Raises:
+    ValueError: if it is none, or of lists within lists without end.
+  """
+  try:
+    return json.loads(text, **options)
+  except RecursionError as error:
+    raise ValueError("too deep") from error
 
 
 def has_form(value, form):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 KINDS = ("latents", "directions", "mixing", "training")
 SUFFIXES = (".mp4", ".webp", ".gif")
@@ -213,7 +213,7 @@ def write(path, frames, num_frames, fps):
   """
   progress = tqdm(frames, "Drawing", num_frames, unit=" frames")
   enlarged = (_even(pictures.enlarge(x, _SIDE)) for x in progress)
-  config_lib.check_writable(path.parent, "--output", "; give another --output")
+  files.check_writable(path.parent, "--output", "; give another --output")
   with files.whole(path) as partial:
     if path.suffix == ".mp4":
       _write_mp4(partial, enlarged, fps)

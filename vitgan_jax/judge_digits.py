@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from vitgan_jax import checkpoint, cli, sample
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 
 NUM_SAMPLES = 1000
 SEED = 1  # other latents than those of the grids of the training run
@@ -69,7 +70,7 @@ def evaluate(workdir):
   """Returns the scores of the last checkpoint of a workdir, as a dict."""
   config = config_lib.load(workdir)
   if config.data.dataset != "sklearn_digits":
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{workdir} was trained on {config.data.dataset}, not on the digits"
     )
   _, nets, mesh, state = checkpoint.load_run(workdir)

@@ -36,7 +36,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitgan_jax import cli
-from vitgan_jax.config import MACHINE_FIELDS, ConfigError, total_steps
+from vitgan_jax.config import MACHINE_FIELDS, total_steps
+from vitgan_jax.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. configs/digits.py; add :smoke to shrink."

@@ -13,6 +13,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax import files, pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.events import EventWriter, WandbWriter
 from vitgan_jax.watchdog import Watchdog
 
@@ -144,7 +145,7 @@ class MetricWriter:
     """Has a file that cannot be written not end the run; says so once."""
     try:
       yield
-    except (OSError, config_lib.ConfigError) as error:
+    except (OSError, ConfigError) as error:
       if what not in self._told:
         self._told.add(what)
         print(

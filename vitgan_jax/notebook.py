@@ -13,7 +13,7 @@ from IPython import display
 from PIL import Image
 
 from vitgan_jax import cli, files, pictures
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _NUM_LINES = 3  # of the command's output, below the grid
 

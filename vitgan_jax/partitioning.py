@@ -5,7 +5,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")  # of the mesh; together they split every batch
 # Smaller arrays are copied to all devices: 256 kB in float32 are not worth the

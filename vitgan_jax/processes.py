@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _MESSAGE_BYTES = 1024
 _CONNECT_SECONDS = 300

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 SPACES = ("w", "w+")
 BATCH_SIZE = 8
@@ -323,7 +323,7 @@ def project(
     network = features.load_network("efficientnet")
     variables = state.g_ema_variables
     projector = make_projector(nets, variables, network, space, num_steps)
-    config_lib.check_writable(output, "--output", "; give another --output")
+    files.check_writable(output, "--output", "; give another --output")
     for target, w, image, distances in _projections(
       projector, left, num_steps, seed
     ):

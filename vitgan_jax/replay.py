@@ -13,6 +13,7 @@ import numpy as np
 from vitgan_jax import checkpoint, compilation, gan_step, partitioning
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 
 
@@ -38,7 +39,7 @@ def replay(workdir):
   """
   config = config_lib.load(workdir)
   if not checkpoint.has_any(folder(workdir)):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{workdir} has no step to replay: none had numbers that were not finite"
     )
   compilation.use_cache(config.compilation_cache)

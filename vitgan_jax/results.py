@@ -31,14 +31,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vitgan_jax import cli, files, pictures
-from vitgan_jax.config import (
-  MAY_CHANGE,
-  ConfigError,
-  flatten,
-  later_fields,
-  parse_json,
-  without_paths,
-)
+from vitgan_jax.config import MAY_CHANGE, flatten, later_fields, without_paths
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds
 
 # What is copied of a workdir.
@@ -104,7 +98,7 @@ def read_run(folder):
   """Returns the Run of a folder, which need not be a workdir."""
   folder = pathlib.Path(folder)
   try:
-    config = parse_json((folder / "config.json").read_text())
+    config = files.parse_json((folder / "config.json").read_text())
   except (OSError, ValueError):
     config = None
   if not files.has_form(config, {"total_kimg": files.NUMBER}):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vitgan_jax import checkpoint, files, partitioning, pictures, processes
 from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.gan_step import draw_latents
 from vitgan_jax.models import networks
 from vitgan_jax.pixels import to_uint8
@@ -241,15 +242,13 @@ def sample_images(
 def check_seed(seed):
   """Raises a ConfigError if a --seed is out of range."""
   if not 0 <= seed < 2**31:
-    raise config_lib.ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
+    raise ConfigError(f"--seed={seed} must be from 0 to 2**31 - 1")
 
 
 def check_samples(num_samples, seed):
   """Raises a ConfigError if no samples are asked for, or of no seed."""
   if num_samples < 1:
-    raise config_lib.ConfigError(
-      f"--num_samples={num_samples} must be at least 1"
-    )
+    raise ConfigError(f"--num_samples={num_samples} must be at least 1")
   check_seed(seed)
 
 
@@ -268,7 +267,7 @@ def find_classes(words, num_classes, names):
     return None
   given = f"--classes={','.join(words)}"
   if not num_classes:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{given} is for a run with classes, and this one was trained without "
       "(config.data.num_classes=0): leave it out"
     )
@@ -279,7 +278,7 @@ def find_classes(words, num_classes, names):
   unknown = [word for word in words if word not in known]
   if unknown or not words:
     some = f" or a name: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{given} has {f'no class {unknown[0]!r}' if unknown else 'no class'}: "
       f"give numbers from 0 to {num_classes - 1}{some if names else ''}"
     )
@@ -321,7 +320,7 @@ def sample(workdir, num_samples, seed, output, classes=None):
   _, nets, mesh, state = checkpoint.load_run(workdir)
   with processes.raise_together():
     if processes.is_primary():
-      config_lib.check_writable(output, "--output", "; give another --output")
+      files.check_writable(output, "--output", "; give another --output")
   sampler = make_sampler(nets, mesh)
   batches = sample_images(
     sampler, state.g_ema_variables, seed, num_samples, classes

@@ -19,6 +19,7 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.gan_step import make_train_steps
 from vitgan_jax.metrics import compute, features
 from vitgan_jax.models import networks
@@ -83,7 +84,7 @@ def _train(config, workdir, rewinds):
   }
   if config.batch_size % (mesh.size * math.prod(factors.values())):
     times = [f" times config.{k}={v}" for k, v in factors.items() if v > 1]
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.batch_size={config.batch_size} must be a multiple of the "
       f"{mesh.size} devices{''.join(times)}"
     )
@@ -91,7 +92,7 @@ def _train(config, workdir, rewinds):
     images = pipeline.load_images(config.data)
   labels = images.labels() if config.data.num_classes else None
   if len(images) - config.data.held_out < config.batch_size:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{config.data.dataset} has {len(images)} images in "
       f"{config.data.split!r}, fewer than config.batch_size="
       f"{config.batch_size} and config.data.held_out={config.data.held_out}: "
@@ -254,7 +255,7 @@ def _claimed_workdir(config, workdir, names):
         config_lib.claim_workdir(config, workdir, names)
     with processes.raise_together():
       if config_lib.load(workdir) != config:
-        raise config_lib.ConfigError(
+        raise ConfigError(
           f"--workdir={workdir} must be one folder that all processes see"
         )
     yield

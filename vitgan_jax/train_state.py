@@ -11,6 +11,7 @@ import optax
 
 from vitgan_jax import compilation, partitioning
 from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import networks
 from vitgan_jax.pictures import natural_key
 
@@ -122,7 +123,7 @@ def is_frozen(pattern, where, params):
   )
   count = sum(jax.tree.leaves(frozen))
   if not 0 < count < len(jax.tree.leaves(frozen)):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{where}={pattern!r} must fit some parameters, and fits "
       f"{'all' if count else 'none'}: their names begin with "
       f"{', '.join(sorted(params, key=natural_key))}"

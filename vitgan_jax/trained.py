@@ -16,7 +16,7 @@ import numpy as np
 
 from vitgan_jax import checkpoint, files, partitioning, sample
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError, DamagedError
+from vitgan_jax.errors import ConfigError, DamagedError
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import create_train_state
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vitgan_jax import checkpoint, files, trained
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.train_state import (
   init_train_state,
   state_shapes,

@@ -17,6 +17,7 @@ import numpy as np
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
+from vitgan_jax.errors import ConfigError
 
 NUM_ROWS = 8  # images on a picture of attention maps
 _SIDE = 64  # least pixels of an image there
@@ -208,13 +209,13 @@ def draw(workdir, output=None):
   """
   config_lib.load(workdir)  # before a folder is made
   folder = epath.Path(output or workdir)
-  config_lib.check_writable(folder, "--output", "; give another --output")
+  files.check_writable(folder, "--output", "; give another --output")
   curves = draw_curves(workdir, folder)
   checkpoints = (epath.Path(workdir) / "checkpoints").glob("*")
   if any(path.name.isdigit() for path in checkpoints):
     return [curves] * bool(curves) + draw_discriminator(workdir, folder)
   if not curves:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"there is nothing to draw in {workdir} yet: nothing was logged, and no "
       "checkpoint saved"
     )

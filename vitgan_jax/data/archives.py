@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import decode, lmdb_file
+from vitgan_jax.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "dataset.json"  # of StyleGAN's dataset tool

@@ -10,9 +10,9 @@ import re
 import numpy as np
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, source
 from vitgan_jax.data.paths import manual_dir
+from vitgan_jax.errors import ConfigError
 
 HOMEPAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 # list_eval_partition.txt: number of the first image of each split.

@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, source
 from vitgan_jax.data.paths import data_dir, downloading, manual_dir
+from vitgan_jax.errors import ConfigError
 
 _SCENES = (
   "classroom bedroom bridge church_outdoor conference_room dining_room kitchen "

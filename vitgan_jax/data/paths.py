@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 _CONNECT_SECONDS = 10
 _READ_SECONDS = 30  # without a byte

@@ -13,8 +13,8 @@ import mmap
 
 import numpy as np
 
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import prepare
+from vitgan_jax.errors import ConfigError
 
 # Pages of a memory map stay in the process once they were read, with some of
 # their neighbours. After this many bytes they are given back; the system still

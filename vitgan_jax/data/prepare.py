@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
-from vitgan_jax.config import ConfigError, parse_json
 from vitgan_jax.data import archives, decode, shards, sources
 from vitgan_jax.data.paths import data_dir
 from vitgan_jax.data.source import count
+from vitgan_jax.errors import ConfigError
 
 # A shard is what a kill may lose. A reader keeps all of them open, and may have
 # 1,024 files open on most systems.
@@ -92,7 +92,7 @@ def read_card(path):
     ConfigError: if it is damaged.
   """
   try:
-    card = parse_json((path / "card.json").read_text())
+    card = files.parse_json((path / "card.json").read_text())
   except (OSError, ValueError) as error:
     raise damaged(path, "card.json") from error
   if not files.has_form(card, _CARD) or not files.has_form(
@@ -201,7 +201,7 @@ def summary(path):
   used, unused = card["num_images"], {"corrupt": card["skipped"]}
   if file.exists():
     try:
-      unused = parse_json(file.read_text("utf-8"))
+      unused = files.parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
       raise damaged(path, _UNUSED) from error
     if not files.has_form(unused, {...: [str]}):
@@ -225,7 +225,7 @@ def _resume_or_start(partial, plan):
   """Keeps what an earlier run made by the same plan, and nothing else."""
   plan_path = partial / "plan.json"
   try:
-    same = parse_json(plan_path.read_text()) == plan
+    same = files.parse_json(plan_path.read_text()) == plan
   except (OSError, ValueError):
     same = False
   if not same:

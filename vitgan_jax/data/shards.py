@@ -9,10 +9,10 @@ import threading
 import numpy as np
 from tqdm import tqdm
 
-from vitgan_jax.config import ConfigError, parse_json
+from vitgan_jax import files
 from vitgan_jax.data import decode
 from vitgan_jax.data.source import count
-from vitgan_jax.files import sha256
+from vitgan_jax.errors import ConfigError
 
 MAX_CORRUPT_SHARE = 0.01  # of the images; more of them is an error
 
@@ -97,7 +97,7 @@ class ShardMaker:
 
   def _read_record(self, k):
     try:
-      return parse_json(self._path(k).with_suffix(".json").read_text())
+      return files.parse_json(self._path(k).with_suffix(".json").read_text())
     except (OSError, ValueError):
       return None
 
@@ -144,7 +144,7 @@ class ShardMaker:
     record = {
       "file": path.name,
       "num_images": count,
-      "sha256": sha256(temporary),
+      "sha256": files.sha256(temporary),
       "skipped": skipped,
       "labels": labels,
     }

@@ -5,8 +5,8 @@ import dataclasses
 import pathlib
 import re
 
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives
+from vitgan_jax.errors import ConfigError
 
 _PART = re.compile(r"([\w-]+)(?:\[(-?[\d.]*)%?:(-?[\d.]*)%?\])?")
 

@@ -9,9 +9,9 @@ import difflib
 
 import numpy as np
 
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, celeba, digits, lsun, source
 from vitgan_jax.data.paths import data_dir, downloading, manual_dir
+from vitgan_jax.errors import ConfigError
 
 
 def open_source(data):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import (
   fid,
   inception_score,

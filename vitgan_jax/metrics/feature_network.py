@@ -6,8 +6,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.config import ConfigError
-from vitgan_jax.files import sha256
+from vitgan_jax import files
+from vitgan_jax.errors import ConfigError
 
 BATCH_NORM_EPSILON = 1e-3
 
@@ -50,7 +50,7 @@ def verify(path, expected, remedy):
     ConfigError: if the file is missing, unreadable or another one.
   """
   try:
-    found = sha256(path)
+    found = files.sha256(path)
   except OSError as error:
     raise ConfigError(
       f"cannot read the weights {path}: {error.strerror}. {remedy}"

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from vitgan_jax import partitioning
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import pipeline
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import efficientnet, inception
 from vitgan_jax.metrics.feature_network import Features
 

@@ -5,7 +5,7 @@ With the features of FID's InceptionV3 it is FID. All is float64, on the host.
 
 import numpy as np
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import statistics
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax import files
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import feature_network, torch_files
 
 URL = (

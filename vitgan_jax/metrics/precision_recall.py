@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 K_PRECISION_RECALL = 3  # of Kynkäänniemi et al. 2019
 K_DENSITY_COVERAGE = 5  # of Naeem et al. 2020

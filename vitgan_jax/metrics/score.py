@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgan_jax import cli, files, partitioning
-from vitgan_jax.config import ConfigError
 from vitgan_jax.data import archives, decode, pipeline
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import compute, features, fid, reference, statistics
 
 

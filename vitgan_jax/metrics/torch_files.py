@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 def read_state_dict(path):

@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.models.layers import conv3x3
 from vitgan_jax.models.mapping import LatentGenerator
 from vitgan_jax.models.spectral_norm import SpectralNorm

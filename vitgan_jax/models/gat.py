@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import Dense, Linear, normalise, w_of_layer

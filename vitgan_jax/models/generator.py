@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 import jax.numpy as jnp
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
 from vitgan_jax.models.layers import (

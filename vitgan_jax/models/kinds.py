@@ -3,12 +3,13 @@
 Plain data, which imports no JAX. `networks` says what a network must offer.
 """
 
+import contextlib
 import pkgutil
 from typing import NamedTuple
 
 import ml_collections
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 
 
 class Kind(NamedTuple):
@@ -258,10 +259,9 @@ def idle_fields(values):
 
 def _kinds_of(values):
   """Yields network and Kind of a config, of those that there are."""
-  for network, table in TABLES.items():
-    name = values.get(f"{network}.kind")
-    if isinstance(name, str) and name in table:
-      yield network, table[name]
+  for network in TABLES:
+    with contextlib.suppress(ConfigError):
+      yield network, kind_of(network, values.get(f"{network}.kind"))
 
 
 def different_fields(config, network):

@@ -41,7 +41,7 @@ Nothing here imports JAX before a network is built: configs are plain data.
 import copy
 from typing import NamedTuple
 
-from vitgan_jax.config import ConfigError
+from vitgan_jax.errors import ConfigError
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.models import kinds
 

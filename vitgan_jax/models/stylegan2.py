@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.models.convolutions import (
   Conv,
   StyledConv,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.kernels import UnsupportedError
 from vitgan_jax.kernels import attention as attention_kernel
 from vitgan_jax.kernels.rows import apply_rows

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitgan_jax.config import ConfigError, check_fields
+from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.models.layers import uniform
 from vitgan_jax.models.mapping import LatentGenerator
 from vitgan_jax.models.patches import overlapping_patches

@@ -1,0 +1,63 @@
+"""What goes wrong that the user can put right, and how it is said."""
+
+import errno
+import os
+
+# Of the system: what another start would meet again.
+_LASTING = [
+  os.strerror(getattr(errno, name))
+  for name in "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR EFBIG".split()
+]
+
+
+class ConfigError(ValueError):
+  """Something that the user can put right; shown as one line."""
+
+
+class DamagedError(ConfigError):
+  """A file is not what was written."""
+
+
+def lasting_fault(error):
+  """Returns why a disk or a path cannot be used, as a full one; else "".
+
+  Args:
+    error: an OSError, or what a library made of one.
+  """
+  return next((text for text in _LASTING if text in str(error)), "")
+
+
+def check_fields(
+  values, where, *, choices=None, positive=(), not_negative=(), shares=()
+):
+  """Checks some fields of a config, or of a part of it.
+
+  Args:
+    values: {field: value}.
+    where: comes before a field's name in messages, as "config.generator.".
+    choices: {field: its allowed values}.
+    positive: fields that must be positive and finite.
+    not_negative: fields that must be at least 0 and finite.
+    shares: fields that must be in [0, 1].
+
+  Raises:
+    ConfigError: says which field is wrong, and what is allowed.
+  """
+  for field, allowed in (choices or {}).items():
+    if values[field] not in allowed:
+      raise ConfigError(
+        f"{where}{field}={values[field]!r} must be one of {', '.join(allowed)}"
+      )
+  for field in positive:
+    if not 0 < values[field] < float("inf"):
+      raise ConfigError(
+        f"{where}{field}={values[field]} must be positive and finite"
+      )
+  for field in not_negative:
+    if not 0 <= values[field] < float("inf"):
+      raise ConfigError(
+        f"{where}{field}={values[field]} must not be negative or infinite"
+      )
+  for field in shares:
+    if not 0 <= values[field] <= 1:
+      raise ConfigError(f"{where}{field}={values[field]} must be in [0, 1]")
