@@ -52,7 +52,7 @@ install: .venv/installed
 # when a process starts.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: .venv/installed
-	$(BIN)/python -m vitgan_jax.main --config=configs/digits.py \
+	$(BIN)/python -m vitgan_jax.main --config=configs/digits.py:fast \
 	  --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.visualize --workdir="$(WORKDIR)"
 	$(BIN)/python -m vitgan_jax.judge_digits --workdir="$(WORKDIR)"

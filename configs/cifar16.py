@@ -49,5 +49,8 @@ def get_config(arg=""):
     if config.discriminator.kind == "biggan":
       config.discriminator.channels = (32, 64, 64)
   if "fine" in words:
-    common.refine(config)
+    config.g_optimizer.learning_rate = 4e-3
+    config.d_optimizer.learning_rate = 4e-3
+    if config.discriminator.kind == "vitgan":
+      config.discriminator.update(patch_size=2, overlap=1)
   return config

@@ -199,17 +199,6 @@ def quicken(config):
   config.update_from_flattened_dict(BEHIND_BIGGAN)
 
 
-def refine(config):
-  """Sets what has ViTGAN's discriminator of `:tiny` see more of an image.
-
-  Patches that fit into its width, and higher rates: docs/lab_book.md.
-  """
-  config.g_optimizer.learning_rate = 4e-3
-  config.d_optimizer.learning_rate = 4e-3
-  if config.discriminator.kind == "vitgan":
-    config.discriminator.update(patch_size=2, overlap=1)
-
-
 def _shrink_to_learn(config):
   config.batch_size = 32
   config.steps_per_call = 20

@@ -38,7 +38,8 @@ NUM_PARAMETERS = {
   "cifar16:fast": (251_291, 141_729),
   "cifar16:fine": (170_627, 99_265),
   "cifar16:smoke": (20_291, 14_913),
-  "digits": (170_627, 99_265),
+  "digits": (170_627, 108_481),
+  "digits:fast": (251_291, 35_793),
   "ffhq64": (16_108_803, 10_203_265),
   "ffhq64:smoke": (20_291, 33_345),
   "ganformer_cifar10": (24_021_322, 21_507_073),
@@ -293,7 +294,8 @@ def num_parameters(params):
 
 def test_every_config_has_its_parameters_pinned():
   names = {name for m in MODULES for name in (m, f"{m}:smoke")}
-  assert names | {"cifar16:fast", "cifar16:fine"} == NUM_PARAMETERS.keys()
+  forms = {"cifar16:fast", "cifar16:fine", "digits:fast"}
+  assert names | forms == NUM_PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
@@ -324,25 +326,32 @@ def test_every_kind_has_a_size_for_two_cores(network, kind):
   assert num_parameters(params) < 310_000
 
 
-def test_patches_of_the_fine_recipe_fit_into_the_width():
+def test_patches_of_the_fine_recipe_and_of_digits_fit_into_the_width():
   """Overlapping patches of the discriminator, which a linear map takes in."""
-  for name, fits in (("cifar16", False), ("cifar16:fine", True)):
-    fields = get_config(name).discriminator
+  for name, fits in (
+    ("cifar16", False),
+    ("cifar16:fine", True),
+    ("digits", True),
+  ):
+    config = get_config(name)
+    fields = config.discriminator
     side = fields.patch_size + 2 * fields.overlap
-    assert (3 * side**2 <= fields.width) == fits
+    colours = 1 if config.generator.grey else 3
+    assert (colours * side**2 <= fields.width) == fits
   other = get_config("cifar16:d=stylegan2,fine")
   assert other.discriminator == get_config("cifar16:d=stylegan2").discriminator
   assert other.g_optimizer.learning_rate == 4e-3
 
 
 def test_fast_recipe_is_the_row_that_was_measured():
-  """At 32 px, too, it has that objective and augmentation."""
+  """At 32 px and of digits, too, it has that objective and augmentation."""
   fast, measured = get_config("cifar16:fast"), get_config("cifar16:d=biggan")
   measured.update_from_flattened_dict(systems.SYSTEMS["vitgan_fast"])
   assert fast == measured
-  large = get_config("cifar10_fast")
-  for part in ("loss", "augment", "g_optimizer", "d_optimizer", "d_steps"):
-    assert large[part] == fast[part]
+  for name in ("cifar10_fast", "digits:fast"):
+    config = get_config(name)
+    for part in ("loss", "augment", "g_optimizer", "d_optimizer", "d_steps"):
+      assert config[part] == fast[part]
   other = get_config("cifar16:fast,g=stylegan2")
   assert other.generator == get_config("cifar16:g=stylegan2").generator
   assert other.discriminator == fast.discriminator
@@ -392,7 +401,7 @@ def test_smoke_is_the_same_experiment_within_64_images(module):
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("word", ["huge", "g", "g=", "x=vitgan"])
 def test_unknown_argument_is_an_error(module, word):
-  own = "fast, fine, " if module == "cifar16" else ""
+  own = {"cifar16": "fast, fine, ", "digits": "fast, "}.get(module, "")
   with pytest.raises(
     ValueError, match=f"'{word}' must be one of tiny, smoke, {own}g="
   ):

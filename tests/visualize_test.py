@@ -42,7 +42,10 @@ def test_curves_show_the_last_value_logged_for_a_step(
   np.testing.assert_array_equal(
     line.get_xydata(), [[2.0, 1.0], [4.0, 7.0], [6.0, 2.0]]
   )
-  assert line.get_label() == "d"
+  # What a network does not have has neither a panel nor a name.
+  (axis,) = (axis for axis in figures[0].axes if axis.axison)
+  (name,) = axis.get_legend().get_texts()
+  assert (axis.get_title(), name.get_text()) == ("Losses", "d")
   assert np.asarray(Image.open(path)).std() > 0
 
 

@@ -67,12 +67,20 @@ def draw_curves(workdir, output=None):
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
-  if not curves:
+  # Not each kind of network has each of them.
+  panels = {
+    title: [name for name in names if name in curves]
+    for title, names in _PANELS.items()
+  }
+  panels = {title: names for title, names in panels.items() if names}
+  if not panels:
     return None
-  rows = -(-len(_PANELS) // _COLUMNS)
+  rows = -(-len(panels) // _COLUMNS)
   figure = Figure(figsize=(14, 3 * rows))
   axes = figure.subplots(rows, _COLUMNS).flat
-  for axis, (title, names) in zip(axes, _PANELS.items()):
+  for axis in axes[len(panels) :]:
+    axis.set_axis_off()
+  for axis, (title, names) in zip(axes, panels.items()):
     for name in names:
       kimg = sorted(curves[name])
       values = [curves[name][k] for k in kimg]
