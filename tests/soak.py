@@ -1,4 +1,4 @@
-r"""Trains the demo for hours, and looks whether it takes ever more.
+r"""Trains the digits for hours, and looks whether it takes ever more.
 
   make soak
   python -m tests.soak --hours=2 --output=runs/soak

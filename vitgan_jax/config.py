@@ -346,12 +346,8 @@ def claim_workdir(config, workdir, names=()):
   texts = {path: config.to_json(indent=2, sort_keys=True) + "\n"}
   if names:
     texts[_names_path(workdir)] = json.dumps(names)
-  try:
+  with files.writing_into(workdir, "--workdir"):
     path.parent.mkdir(parents=True, exist_ok=True)
     for whole_path, text in texts.items():
       with files.whole(whole_path) as partial:
         partial.write_text(text)
-  except OSError as error:
-    raise ConfigError(
-      f"cannot write into --workdir={workdir}: {error.strerror or error}"
-    ) from error

@@ -79,6 +79,26 @@ def fault_of(folder):
   return None
 
 
+@contextlib.contextmanager
+def writing_into(folder, flag, remedy=""):
+  """Says of an OSError within the block that a folder cannot be written into.
+
+  Args:
+    folder: for the message.
+    flag: that gave it, for the message.
+    remedy: what else to do, the end of the message.
+
+  Raises:
+    ConfigError: in place of the OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
+    ) from error
+
+
 def check_writable(folder, flag, remedy=""):
   """Makes a folder, and sees whether files can be written into it.
 
@@ -91,16 +111,12 @@ def check_writable(folder, flag, remedy=""):
     ConfigError: if it cannot.
   """
   probe = folder / f"writable{os.getpid()}"
-  try:
+  with writing_into(folder, flag, remedy):
     folder.mkdir(parents=True, exist_ok=True)
     try:
       probe.write_bytes(b"\0" * 4096)  # a full disk takes names alone
     finally:
       probe.unlink(missing_ok=True)  # of a process of another host, it may be
-  except OSError as error:
-    raise ConfigError(
-      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
-    ) from error
 
 
 def check_new(output):
@@ -275,13 +291,9 @@ def hold(folder, flag):
   if "://" in path:
     yield
     return
-  try:
+  with writing_into(folder, flag):
     os.makedirs(folder, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
-  except OSError as error:
-    raise ConfigError(
-      f"cannot write into {flag}={folder}: {error.strerror or error}"
-    ) from error
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

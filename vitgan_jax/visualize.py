@@ -69,10 +69,10 @@ def draw_curves(workdir, output=None):
       curves[name][kimg] = value
   # Not each kind of network has each of them.
   panels = {
-    title: [name for name in names if name in curves]
+    title: logged
     for title, names in _PANELS.items()
+    if (logged := [name for name in names if name in curves])
   }
-  panels = {title: names for title, names in panels.items() if names}
   if not panels:
     return None
   rows = -(-len(panels) // _COLUMNS)
