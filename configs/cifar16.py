@@ -53,4 +53,4 @@ def get_config(arg=""):
     config.d_optimizer.learning_rate = 4e-3
     if config.discriminator.kind == "vitgan":
       config.discriminator.update(patch_size=2, overlap=1)
-  return config
+  return common.apply_argument(config, "smoke" if "smoke" in words else "")

@@ -19,6 +19,8 @@ The generator draws grey images, as the digits are: else a trace of colour that
 no eye sees is most of what tells samples from them. A grey patch of 8 x 8
 pixels is 64 numbers, which fit into a token of the paper's discriminator, as
 those of photographs do not.
+
+Other networks have the size of their `:tiny` here: `:g=biggan,d=biggan`.
 """
 
 from configs import common
@@ -30,22 +32,25 @@ def get_config(arg=""):
   Args:
     arg: "fast", as above, beside the words of `common.apply_argument`.
   """
-  is_fast = "fast" in arg.split(",")
+  words = arg.split(",")
   config = common.get_config()
   common.lighten(config)
-  if is_fast:
+  if "fast" in words:
     common.quicken(config)
-  config = common.apply_argument(config, "tiny")
+  config = common.apply_argument(config, f"tiny,{arg}", ("fast",))
 
   config.data.dataset = "sklearn_digits"
   config.data.flip = False  # a mirrored digit is none
 
-  config.generator.grey = True
-  if is_fast:
+  if config.generator.kind == "vitgan":
+    config.generator.grey = True
+  if "fast" in words:
     config.batch_size = 8
     config.total_kimg = 300.0
-    config.generator.decoder_dim = 44
-    config.discriminator.channels = (16, 32, 32)
+    if config.generator.kind == "vitgan":
+      config.generator.decoder_dim = 44
+    if config.discriminator.kind == "biggan":
+      config.discriminator.channels = (16, 32, 32)
   else:
     config.batch_size = 16
     config.total_kimg = 460.0
@@ -54,4 +59,4 @@ def get_config(arg=""):
 
   config.evaluation.num_samples = 2_000
   config.sample_every_kimg = 40.0
-  return common.apply_argument(config, arg, ("fast",))
+  return common.apply_argument(config, "smoke" if "smoke" in words else "")

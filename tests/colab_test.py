@@ -3,6 +3,7 @@
 import ast
 import base64
 import importlib
+import inspect
 import io
 import json
 import os
@@ -54,10 +55,10 @@ def test_file_holds_no_outputs(notebook):
 
 
 def test_cells_use_only_what_is_there(notebook):
-  """Follows names from their imports to attributes of modules."""
+  """Follows names from their imports to attributes of modules, and calls."""
   pytest.importorskip("IPython", reason=f"IPython is {_HOW}")
   modules = {}
-  num_attributes = 0
+  num_attributes = num_calls = 0
   for source in sources(notebook).values():
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, ast.Import):
@@ -75,7 +76,18 @@ def test_cells_use_only_what_is_there(notebook):
         if node.value.id in modules:
           assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)
           num_attributes += 1
-  assert num_attributes > 10
+      if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in modules
+      ):
+        called = getattr(modules[node.func.value.id], node.func.attr)
+        keywords = {keyword.arg: None for keyword in node.keywords}
+        # Raises a TypeError where they do not fit.
+        inspect.signature(called).bind(*node.args, **keywords)
+        num_calls += 1
+  assert num_attributes > 10 and num_calls > 10
 
 
 _EXECUTE = """

@@ -36,10 +36,12 @@ NUM_PARAMETERS = {
   "cifar10_cond:smoke": (21_667, 15_233),
   "cifar16": (170_627, 108_481),
   "cifar16:fast": (251_291, 141_729),
+  "cifar16:fast,smoke": (59_303, 2_089),
   "cifar16:fine": (170_627, 99_265),
   "cifar16:smoke": (20_291, 14_913),
   "digits": (170_627, 108_481),
   "digits:fast": (251_291, 35_793),
+  "digits:fast,smoke": (59_303, 2_089),
   "ffhq64": (16_108_803, 10_203_265),
   "ffhq64:smoke": (20_291, 33_345),
   "ganformer_cifar10": (24_021_322, 21_507_073),
@@ -295,6 +297,7 @@ def num_parameters(params):
 def test_every_config_has_its_parameters_pinned():
   names = {name for m in MODULES for name in (m, f"{m}:smoke")}
   forms = {"cifar16:fast", "cifar16:fine", "digits:fast"}
+  forms |= {"cifar16:fast,smoke", "digits:fast,smoke"}
   assert names | forms == NUM_PARAMETERS.keys()
 
 
@@ -434,7 +437,7 @@ def other_kind(monkeypatch):
 
 @pytest.mark.usefixtures("other_kind")
 def test_another_kind_has_its_own_fields_and_all_else_stays():
-  config, other = get_config("digits"), get_config("digits:g=other")
+  config, other = get_config("cifar10"), get_config("cifar10:g=other")
   assert other.generator.to_dict() == {
     "kind": "other",
     "latent_dim": 8,
@@ -442,10 +445,14 @@ def test_another_kind_has_its_own_fields_and_all_else_stays():
   }
   with pytest.raises(AttributeError):
     other.generator.width = 1
-  small = get_config("digits:smoke,g=other")
-  assert (small.generator.latent_dim, small.generator.depth) == (8, 1)
-  tiny_one = get_config("digits:tiny,g=other")
-  assert (tiny_one.generator.latent_dim, tiny_one.generator.depth) == (8, 2)
+  for arg, depth in (
+    ("cifar10:smoke,g=other", 1),
+    ("cifar10:tiny,g=other", 2),
+    ("digits:g=other", 2),
+    ("digits:smoke,g=other", 1),
+  ):
+    fields = get_config(arg).generator
+    assert (fields.latent_dim, fields.depth) == (8, depth)
   with config.unlocked(), other.unlocked():
     del config.generator, other.generator
   assert other == config
