@@ -11,8 +11,7 @@ _VERSION = re.search(
   (_ROOT / "vitgan_jax" / "__init__.py").read_text(encoding="utf-8"),
 ).group(1)
 
-_EXPORT = [
-  "safetensors>=0.5",
+_ONNX = [
   # What jax2onnx imports. It wants an older Orbax than ours, which it does not
   # import, and is installed by itself: pip install --no-deps jax2onnx
   "dm-pix>=0.4.4",
@@ -29,7 +28,9 @@ setuptools.setup(
   long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  packages=setuptools.find_packages(include=["vitgan_jax*", "configs"]),
+  packages=setuptools.find_packages(
+    include=["vitgan_jax*", "configs", "launch"]
+  ),
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",
@@ -48,6 +49,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11.25",
     "pillow>=11.0",
     "rich>=13.9",  # the table of launch.local
+    "safetensors>=0.5",
     "scikit-learn>=1.5",  # carries the digits of the demo
     "tensorboard>=2.19",
     "tensorflow-cpu>=2.19; sys_platform == 'linux' "
@@ -60,7 +62,7 @@ setuptools.setup(
     # libtpu for its compiler, torch for side-by-side tests of the metrics; see
     # also the Makefile.
     "test": [
-      *_EXPORT,
+      *_ONNX,
       "gradio>=6.0",
       "hypothesis>=6.100",
       "imageio-ffmpeg>=0.6",
@@ -78,8 +80,8 @@ setuptools.setup(
       "wandb>=0.20",
     ],
     "demo": ["gradio>=6.0"],
-    "export": _EXPORT,
     "film": ["imageio-ffmpeg>=0.6"],  # it brings ffmpeg along
+    "onnx": _ONNX,
     "profile": ["xprof>=2.20"],  # TensorBoard's tab
     "wandb": ["wandb>=0.20"],
     "tpu": ["jax[tpu]>=0.7"],

@@ -24,7 +24,11 @@ def get_config(arg=""):
   config.augment.scaling = 0.0
   config.ema.half_life_kimg = 355.0  # 0.999 a step
   config = common.apply_argument(config, arg)
-  for optimizer in (config.g_optimizer, config.d_optimizer):
-    optimizer.learning_rate = 2e-4 * 768 / config.generator.width
+  for network, optimizer in (
+    (config.generator, config.g_optimizer),
+    (config.discriminator, config.d_optimizer),
+  ):
+    if network.kind == "gat":
+      optimizer.learning_rate = 2e-4 * 768 / network.width
     optimizer.clip_norm = 1.0
   return config

@@ -274,6 +274,7 @@ def main(arguments):
 
 if __name__ == "__main__":
   units.define_flags()
+  flags.adopt_module_key_flags(units)  # for --help
   flags.DEFINE_integer("jobs", 1, "Work units at the same time.", lower_bound=1)
   flags.DEFINE_integer(
     "restarts", 2, "How often a unit that dies is started again.", lower_bound=0

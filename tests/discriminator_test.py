@@ -108,11 +108,23 @@ def test_discriminator_matches_its_parts(overlap, labels, pooling):
     y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
     of_tokens.append(y[:, 0])
     if labels is not None:
-      kernel = params["class_embedding"]["kernel"]
-      of_tokens[-1] += np.mean(kernel[labels] / np.sqrt(5) * token, axis=-1)
+      embedding = params["class_embedding"]["kernel"][labels]
+      of_tokens[-1] += np.sum(embedding * token, axis=-1) / np.sqrt(16)
   expected = np.mean(of_tokens, axis=0)
   logits = jax.jit(discriminator.apply)(variables, images, labels)
   assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_class_moves_the_logit_by_about_1_from_the_start(num_classes):
+  """The improved spectral norm keeps the scale that the init has."""
+  discriminator = make_discriminator(**SMALL, num_classes=num_classes)
+  labels = np.arange(num_classes)
+  images = np.broadcast_to(normal(1, 8, 8, 3), (num_classes, 8, 8, 3))
+  logits, _ = jax.jit(discriminator.init_with_output)(
+    jax.random.key(0), images, labels
+  )
+  assert 0.5 < np.std(logits) < 2.0
 
 
 @pytest.mark.parametrize("spectral_norm", ["isn", "sn", "none"])

@@ -248,9 +248,9 @@ def test_bad_input_is_one_line_and_makes_nothing(flags, words, tmp_path):
 
 
 def test_missing_package_is_told_with_what_installs_it(tmp_path, monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
-  with pytest.raises(ConfigError, match=r"pip install -e '\.\[export\]'"):
-    export.export(tmp_path, tmp_path / "new", "safetensors")
+  monkeypatch.setitem(__import__("sys").modules, "jax2onnx", None)
+  with pytest.raises(ConfigError, match=r"pip install -e '\.\[onnx\]'"):
+    export.export(tmp_path, tmp_path / "new", "onnx")
   assert not list(tmp_path.iterdir())
 
 

@@ -321,6 +321,74 @@ class Brightness(nn.Module):
     return jnp.mean(images, axis=(1, 2, 3))
 
 
+class TwoLevels(nn.Module):
+  """A discriminator whose logit is one level's sum and twice the other's."""
+
+  num_levels: int = 2
+
+  @nn.compact
+  def __call__(self, images, labels, keys, train):
+    coarse, fine = jnp.split(jnp.sum(images, axis=(1, 2)), 2, axis=-1)
+    return jnp.sum(coarse + 2.0 * fine, axis=-1)
+
+
+class Scaled(nn.Module):
+  """A discriminator whose logit is the mean of an image, times a parameter."""
+
+  @nn.compact
+  def __call__(self, images, labels, keys, train):
+    scale = self.param("scale", nn.initializers.ones, ())
+    return scale * jnp.mean(images, axis=(1, 2, 3))
+
+
+def bare_state():
+  """Returns a state of networks without parameters."""
+  empty = {x.name: {} for x in dataclasses.fields(train_state.GANState)}
+  return train_state.GANState(**empty | {"step": jnp.zeros((), jnp.int32)})
+
+
+def test_slope_is_at_the_image_itself_of_which_the_levels_are_copies():
+  config = tiny.tiny_config(PLAIN | {"loss.r1_gamma": 1.0})
+  nets = networks.Networks(Grey(), TwoLevels(), "xla")
+  batch = {
+    "images": np.zeros((8, 2, 2, 3), np.uint8),
+    "labels": None,
+    "keys": KEYS,
+  }
+  _, (metrics, _) = gan_step.d_loss(
+    {}, batch, bare_state(), config=config, nets=nets
+  )
+  every = gan_step.gradient_penalty_every(config)
+  # Each of the 12 numbers of an image counts once and twice.
+  np.testing.assert_allclose(
+    metrics["penalty/r1"], every * 0.5 * 12 * (1 + 2) ** 2
+  )
+
+
+def test_drift_is_of_the_images_of_all_devices():
+  config = tiny.tiny_config(
+    PLAIN | {"loss.adversarial": "hinge", "loss.drift_weight": 3.0}
+  )
+  images = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8)
+  gradients, (metrics, _) = partitioning.gradient(
+    functools.partial(
+      gan_step.d_loss,
+      config=config,
+      nets=networks.Networks(Grey(), Scaled(), "xla"),
+    ),
+    {"scale": jnp.ones(())},
+    {"images": images, "labels": None, "keys": KEYS},
+    bare_state(),
+    mesh=partitioning.create_mesh(jax.devices()[:4]),
+  )
+  mean = np.mean(images / 127.5 - 1.0)
+  np.testing.assert_allclose(metrics["penalty/drift"], mean**2, rtol=1e-4)
+  # All logits are within the margins of the hinge loss.
+  np.testing.assert_allclose(
+    gradients["scale"], -mean + 3.0 * 2.0 * mean**2, rtol=1e-4
+  )
+
+
 @pytest.mark.parametrize("anchor, views", [("clean", 1), ("augmented", 2)])
 def test_consistency_is_to_the_clean_image_or_to_another_view(anchor, views):
   config = tiny.tiny_config(
@@ -332,16 +400,15 @@ def test_consistency_is_to_the_clean_image_or_to_another_view(anchor, views):
       "augment.brightness": 0.5,
     }
   )
-  state = train_state.GANState(
-    **{field.name: {} for field in dataclasses.fields(train_state.GANState)}
-  )
   batch = {
     "images": np.zeros((4096, 2, 2, 3), np.uint8),
     "labels": None,
     "keys": jax.random.split(jax.random.key(0), 4096),
   }
   nets = networks.Networks(Grey(), Brightness(), "xla")
-  _, (metrics, _) = gan_step.d_loss({}, batch, state, config=config, nets=nets)
+  _, (metrics, _) = gan_step.d_loss(
+    {}, batch, bare_state(), config=config, nets=nets
+  )
   # Each view has a variance of 0.5**2 / 3, for real images and for others.
   np.testing.assert_allclose(
     metrics["penalty/bcr"], 2 * views * 0.5**2 / 3, rtol=0.05

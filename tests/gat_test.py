@@ -47,8 +47,7 @@ def linear(p, x):
 
 
 def slow_linear(p, x):
-  kernel = torch.tensor(p["kernel"]) * 0.01 / len(p["kernel"]) ** 0.5
-  return x @ kernel + 0.01 * torch.tensor(p["bias"])
+  return 0.01 * linear(p, x)
 
 
 def rms(x, p=None):
@@ -69,8 +68,8 @@ def positions():
 def turned(x):
   """Rotary positions as a product of complex numbers; x is [B, N, H, 8]."""
   angles = [
-    [i / 100 ** (k / 2) for k in range(2)]
-    + [j / 100 ** (k / 2) for k in range(2)]
+    [i / 1e4 ** (k / 2) for k in range(2)]
+    + [j / 1e4 ** (k / 2) for k in range(2)]
     for i, j in np.ndindex(GRID, GRID)
   ]
   angles += [[0.0] * 4] * (x.shape[1] - GRID**2)  # of the class token
@@ -99,7 +98,10 @@ def swiglu(p, x):
 
 
 def embedded(p, labels):
-  x = torch.tensor(p["embed"]["embedding"])[labels]
+  return torch.tensor(p["embedding"])[labels]
+
+
+def of_moment_one(x):
   return x / torch.sqrt(torch.mean(x**2, -1, keepdim=True) + 1e-8)
 
 
@@ -108,9 +110,9 @@ def mapped(p, x):
 
 
 def torch_generator(p, latents, labels):
-  z = torch.tensor(latents)
-  z = z / torch.sqrt(torch.mean(z**2, -1, keepdim=True) + 1e-8)
-  w = mapped(p["to_w"], torch.cat([z, embedded(p["classes"], labels)], -1))
+  z = of_moment_one(torch.tensor(latents))
+  classes = of_moment_one(embedded(p["classes"], labels))
+  w = functional.silu(mapped(p["to_w"], torch.cat([z, classes], -1)))
   x = positions().expand(len(z), -1, -1)
   images, image = [], 0.0
   for i in range(4):
@@ -202,6 +204,27 @@ def test_blocks_start_near_the_identity_and_layers_at_xaviers_limits():
   assert 0.09 < np.max(np.abs(modulation)) / limit <= 0.1
   query = params["attention"]["query"]["kernel"]
   assert 0.98 < np.max(np.abs(query)) / np.sqrt(6 / 64) <= 1.0
+  params = jax.jit(GENERATOR.init)(jax.random.key(0), LATENTS, LABELS)["params"]
+  modulation = params["head0_modulation"]["kernel"]
+  assert 0.09 < np.max(np.abs(modulation)) / np.sqrt(6 / (2 * WIDTH)) <= 0.1
+
+
+def test_mapping_learns_a_hundred_times_slower_than_other_layers():
+  """A step of Adam's is one size for all: what counts is the weight's own."""
+  layer, slow = gat.XavierDense(64), gat.XavierDense(64, lr_multiplier=0.01)
+  x = RNG.normal(size=(5, 64)).astype(np.float32)
+  params = jax.jit(slow.init)(jax.random.key(0), x)["params"]
+  assert 0.98 < np.max(np.abs(params["kernel"])) / np.sqrt(6 / 128) / 100 <= 1.0
+  moved = jax.tree.map(lambda p: p + 0.01, params)
+  fast = jax.tree.map(lambda p: p / 100, params)
+  moved_fast = jax.tree.map(lambda p: p + 0.01 / 100, fast)
+  for before, after in ((params, fast), (moved, moved_fast)):
+    np.testing.assert_allclose(
+      slow.apply({"params": before}, x),
+      layer.apply({"params": after}, x),
+      rtol=1e-4,
+      atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])

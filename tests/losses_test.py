@@ -156,12 +156,6 @@ def test_interpolate_penalty_has_a_slope_where_the_discriminator_is_flat():
   assert np.isfinite(slope)
 
 
-def test_drift_is_the_square_of_the_mean():
-  np.testing.assert_allclose(
-    losses.drift(*as_float32(REAL)), np.mean(REAL) ** 2, rtol=1e-6
-  )
-
-
 def test_gradient_penalty_matches_finite_differences_of_a_function():
   images = np.random.default_rng(0).normal(size=(3, 2, 2, 3))
   weights = np.random.default_rng(1).normal(size=(2, 2, 3))

@@ -8,11 +8,12 @@ this package, on a CPU, a GPU or a TPU; with --format=onnx one for ONNX Runtime,
 also in a browser. Beside it are config.json, a model card (README.md) and
 samples (grid.png).
 
-Needs more packages: pip install -e '.[export]'; and, for ONNX, pip install
---no-deps jax2onnx, which asks for an older Orbax than ours and does not use it.
+ONNX needs more packages: pip install -e '.[onnx]', then pip install --no-deps
+jax2onnx, which asks for an older Orbax than ours and does not use it.
 """
 
 import contextlib
+import importlib
 import json
 
 from absl import flags
@@ -37,8 +38,8 @@ def export(workdir, output, file_format, dtype="float32", data_license=""):
     data_license: of the images that the run saw, for the card; "" is unknown.
 
   Raises:
-    ConfigError: if there is no such run, a package is missing, or the output
-      cannot be written.
+    ConfigError: if there is no such run, the output cannot be written, or
+      packages for ONNX are missing.
   """
   # Late: --help and a wrong flag need not wait for JAX.
   import numpy as np
@@ -48,9 +49,8 @@ def export(workdir, output, file_format, dtype="float32", data_license=""):
 
   output = epath.Path(output)
   files.check_new(output)
-  package = {"safetensors": "safetensors.numpy", "onnx": "jax2onnx"}
-  if file_format in package:
-    trained.import_extra(package[file_format])
+  if file_format == "onnx":
+    _check_onnx()
   generator = trained.load(workdir)
   with files.new_folder(output) as folder:
     print(f"Exporting step {generator.step} of {workdir}", flush=True)
@@ -135,6 +135,17 @@ def to_onnx(trained):
   # Shapes within, some of which jax2onnx has wrong; runtimes find them out.
   del model.graph.value_info[:]
   return model.SerializeToString()
+
+
+def _check_onnx():
+  """Raises a ConfigError if what writes ONNX cannot be imported."""
+  try:
+    importlib.import_module("jax2onnx")
+  except ImportError as error:
+    raise ConfigError(
+      f"ONNX needs jax2onnx, which cannot be imported ({error}): pip install "
+      "-e '.[onnx]', then pip install --no-deps jax2onnx"
+    ) from error
 
 
 def _labels(trained):

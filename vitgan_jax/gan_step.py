@@ -50,15 +50,12 @@ def d_loss(d_params, batch, state, *, config, nets):
   fake_images, _ = _run(
     nets.generator, state.g_variables, latents, labels, g_keys
   )
-  real_images = as_levels(nets.discriminator, real_images)
-  fake_images = as_levels(nets.discriminator, fake_images)
-  real_augmented = augment(real_keys, real_images)
-  fake_augmented = augment(fake_keys, fake_images)
-
+  as_shown = functools.partial(as_levels, nets.discriminator)
+  real_levels, fake_levels = as_shown(real_images), as_shown(fake_images)
   # The one call in a step that updates what the discriminator keeps.
-  shown = [real_augmented, fake_augmented]
+  shown = [augment(real_keys, real_levels), augment(fake_keys, fake_levels)]
   if config.loss.bcr_weight:
-    others = [real_images, fake_images]
+    others = [real_levels, fake_levels]
     if config.loss.bcr_anchor == "augmented":
       others = list(map(augment, keys[7:], others))
     shown += others
@@ -91,19 +88,19 @@ def d_loss(d_params, batch, state, *, config, nets):
       0.0,
     )
 
-  # Slopes are those at the image itself, through its augmentation.
+  # Slopes are those at the image itself, through its levels and augmentation.
   def discriminate(keys, discriminator, images):
     return _discriminate(
       discriminator,
       {**variables, **model_state},
-      [augment(keys, images)],
+      [augment(keys, as_shown(images))],
       labels,
       d_keys,
     )[0][0]
 
   for name, images, augment_keys in (
     ("r1", real_images, real_keys),
-    ("r2", fake_images, fake_keys),
+    ("r2", fake_levels, fake_keys),
   ):
     if config.loss[f"{name}_gamma"]:
       penalties[name] = _gradient_penalty(
@@ -120,12 +117,15 @@ def d_loss(d_params, batch, state, *, config, nets):
       functools.partial(
         discriminate, augment_keys, networks.plain(nets.discriminator)
       ),
-      real_images,
-      fake_images,
+      real_levels,
+      fake_levels,
       jax.vmap(jax.random.uniform)(share_keys),
     )
   if config.loss.drift_weight:
-    penalties["drift"] = losses.drift(real_logits)
+    # Holds Wasserstein's logits near 0, in TransGAN's form: (E D(x))^2, of the
+    # images of all devices; of a micro-batch, where there are some.
+    mean = lax.pmean(jnp.mean(real_logits), partitioning.BATCH_AXES)
+    penalties["drift"] = jnp.square(mean)
   weights = {
     "bcr": config.loss.bcr_weight,
     "gp": config.loss.gp_weight,

@@ -95,11 +95,6 @@ def interpolate_penalty(discriminate, real_images, fake_images, shares):
   return jnp.mean(jnp.square(norms - 1.0))
 
 
-def drift(real_logits):
-  """(E D(x))^2, which holds Wasserstein's logits near 0, in TransGAN's form."""
-  return jnp.square(jnp.mean(real_logits))
-
-
 def approximate_gradient_penalty(discriminate, images, noise):
   """0.5 * mean ((D(x + s n) - D(x)) / s)^2, s = 0.01 (Hyun et al. 2025).
 

@@ -19,6 +19,7 @@ from vitgan_jax.watchdog import Watchdog
 
 _FIRST_PROFILED_CALL = 2  # the first one compiles; the second fills buffers
 _NUM_PROFILED_CALLS = 3
+_LONGEST_SILENCE = 60.0  # seconds
 
 SAMPLE_SEED = 0  # the grids of a run show the same latents from first to last
 
@@ -31,13 +32,22 @@ class Progress:
     self._config = config
     self._total_steps = total_steps
     self._last = (first_step, None)
+    self._printed = time.monotonic()
 
-  def report(self, step, metrics):
-    """Prints a line; returns {"images_per_sec"} and kimg as metrics."""
+  def is_due(self):
+    """Says whether a line would break a long silence."""
+    return time.monotonic() - self._printed >= _LONGEST_SILENCE
+
+  def report(self, step, metrics, is_logged=True):
+    """Prints a line; returns {"images_per_sec"} and kimg as metrics.
+
+    The rate is that since the last line that was logged.
+    """
     images_per_step = config_lib.images_per_step(self._config)
-    now = time.monotonic()
+    now = self._printed = time.monotonic()
     last_step, last_time = self._last
-    self._last = (step, now)
+    if is_logged or last_time is None:
+      self._last = (step, now)
     result = {"kimg": step * images_per_step / 1000}
     line = f"{result['kimg']:.6g}/{self._config.total_kimg:g} kimg"
     if last_time is not None and step > last_step:

@@ -296,7 +296,7 @@ def _passes(config, step, every_kimg):
 
 
 def _finish_call(config, progress, writer, step, metrics, last=False):
-  """Checks one call's metrics; logs them where it is time to.
+  """Checks one call's metrics; logs and shows them where it is time to.
 
   Returns:
     Them, floats.
@@ -310,9 +310,11 @@ def _finish_call(config, progress, writer, step, metrics, last=False):
       f"Skipped {skipped} of the {config.steps_per_call} steps before step "
       f"{step}: a number was not finite"
     )
-  if last or _passes(config, step, config.log_every_kimg):
-    logged = metrics | progress.report(step, metrics)
-    writer.write(step, logged)
+  is_logged = last or _passes(config, step, config.log_every_kimg)
+  if is_logged or progress.is_due():
+    shown = progress.report(step, metrics, is_logged)
+    if is_logged:
+      writer.write(step, metrics | shown)
   return metrics
 
 

@@ -6,13 +6,13 @@ generator.safetensors: all variables of the averaged generator, by names as
 """
 
 import functools
-import importlib
 
 from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from vitgan_jax import checkpoint, files, partitioning, sample
 from vitgan_jax import config as config_lib
@@ -150,12 +150,11 @@ def load(path):
 
 
 def _load_export(folder):
-  safetensors = import_extra("safetensors.numpy")
   if fault := files.fault_of(folder):
     raise DamagedError(f"{folder} is damaged: {fault}. Export the run again")
   config = config_lib.load(folder)
   try:
-    tensors = safetensors.load((folder / WEIGHTS).read_bytes())
+    tensors = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
     step = int(tensors.pop("step"))
   except Exception as error:  # safetensors and NumPy raise many kinds
     raise DamagedError(
@@ -195,7 +194,6 @@ def save(folder, trained, dtype):
     trained: TrainedGenerator.
     dtype: of the numbers in the file, "float32" or "float16".
   """
-  safetensors = import_extra("safetensors.numpy")
   variables = traverse_util.flatten_dict(
     jax.device_get(trained.variables), sep="/"
   )
@@ -203,20 +201,4 @@ def save(folder, trained, dtype):
     name: np.asarray(x, dtype, order="C") for name, x in variables.items()
   }
   tensors["step"] = np.array(trained.step, np.int64)
-  (folder / WEIGHTS).write_bytes(safetensors.save(tensors))
-
-
-def import_extra(name):
-  """Imports a module that the extra `export` installs.
-
-  Raises:
-    ConfigError: if it cannot be imported.
-  """
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise ConfigError(
-      f"exports need {name.partition('.')[0]}, which cannot be imported "
-      f"({error}): pip install -e '.[export]' and, for ONNX, pip install "
-      "--no-deps jax2onnx"
-    ) from error
+  (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors))

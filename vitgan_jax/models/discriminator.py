@@ -36,8 +36,8 @@ class Discriminator(nn.Module):
   """ViT discriminator (ViTGAN, section 3.2), images to logits.
 
   It draws nothing at random: `keys` and `train` are those of all
-  discriminators, see `networks`. A class adds the projection of its embedding
-  on what the head reads to the logit (Miyato and Koyama 2018).
+  discriminators, see `networks`. A class adds to the logit the projection of its
+  embedding on what the head reads (Miyato and Koyama 2018), here over sqrt(D).
 
   Attributes:
     image_size: S, pixels along a side.
@@ -151,7 +151,12 @@ class Discriminator(nn.Module):
     logits = jnp.mean(Dense(1, name="head_out", **common)(y)[..., 0], axis=1)
     if self.num_classes:
       embedding = Dense(
-        self.width, use_bias=False, name="class_embedding", **common
+        self.width,
+        use_bias=False,
+        gain=self.num_classes**0.5,  # numbers of variance 1: one row is taken
+        name="class_embedding",
+        **common,
       )(jax.nn.one_hot(labels, self.num_classes))
-      logits += jnp.mean(embedding[:, None] * tokens, axis=(1, 2))
+      projections = jnp.sum(embedding[:, None] * tokens, axis=-1)
+      logits += jnp.mean(projections, axis=1) / self.width**0.5
     return logits

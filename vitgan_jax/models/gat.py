@@ -20,7 +20,7 @@ import numpy as np
 from vitgan_jax.errors import ConfigError, check_fields
 from vitgan_jax.kernels import attention
 from vitgan_jax.kernels.rows import apply_rows
-from vitgan_jax.models.layers import Dense, Linear, normalise, w_of_layer
+from vitgan_jax.models.layers import Linear, normalise, w_of_layer
 from vitgan_jax.models.mapping import LatentGenerator, normalise_second_moment
 from vitgan_jax.models.patches import overlapping_patches, unpatchify
 from vitgan_jax.models.transformer import attend, check_grid, project
@@ -60,9 +60,9 @@ def rotary_angles(grid, head_dim):
   """Returns the angles [grid**2, head_dim / 2] of rotary positions, row-major.
 
   The first half turns with the row, the second with the column (Heo et al.
-  2024, axial form, whose base of 100 this takes).
+  2024, axial form), with the base of 10,000 that the authors' code has.
   """
-  frequencies = 100.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
+  frequencies = 1e4 ** (-np.arange(head_dim // 4) / (head_dim // 4))
   rows, columns = np.indices((grid, grid)).reshape(2, -1, 1) * frequencies
   return np.concatenate([rows, columns], axis=-1).astype(np.float32)
 
@@ -173,19 +173,24 @@ class XavierDense(nn.Module):
     features: output channels.
     variance: of the kernel at init, relative to Xavier's.
     dtype: of the computation; parameters are float32.
+    lr_multiplier: how much slower than the other layers it learns.
   """
 
   features: int
   variance: float = 1.0
   dtype: Any = jnp.float32
+  lr_multiplier: float = 1.0
 
   @nn.compact
   def weights(self, fan_in):
     """Returns the `Linear` of a kernel [fan_in, features]."""
-    init = nn.initializers.variance_scaling(self.variance, "fan_avg", "uniform")
+    slower = self.lr_multiplier
+    init = nn.initializers.variance_scaling(
+      self.variance / slower**2, "fan_avg", "uniform"
+    )
     kernel = self.param("kernel", init, (fan_in, self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return Linear(kernel, bias, self.dtype)
+    return Linear(kernel * slower, bias * slower, self.dtype)
 
   def __call__(self, x):
     """Maps [..., in] to [..., features]."""
@@ -279,9 +284,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
   """x += gate * f(norm(x) * scale), for attention, then for a SwiGLU.
 
-  Four affine maps of w are scale - 1 and gate of either; they start small, so
-  that a block starts near the identity. Without w, the norms have scales of
-  their own, and the gates are LayerScale's (Touvron et al. 2021), 0.1 at init.
+  Four affine maps of silu(w) are scale - 1 and gate of either; they start
+  small, so that a block starts near the identity. Without w, the norms have
+  scales of their own, and the gates are LayerScale's (Touvron et al. 2021), 0.1
+  at init.
 
   Attributes:
     attention: keyword arguments of `Attention`, but for the rest.
@@ -297,7 +303,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, w=None):
-    """Maps tokens [B, N, D] and w [B, W], or none, to [B, N, D]."""
+    """Maps tokens [B, N, D] and silu(w) [B, W], or none, to [B, N, D]."""
     width = x.shape[-1]
     if w is None:
       norms, gates = [], []
@@ -330,22 +336,14 @@ class Block(nn.Module):
     )
 
 
-class ClassEmbedding(nn.Module):
-  """An embedding of the classes, of second moment 1."""
-
-  num_classes: int
-  features: int
-
-  @nn.compact
-  def __call__(self, labels):
-    """Maps labels [B] to [B, features]."""
-    embed = nn.Embed(
-      self.num_classes,
-      self.features,
-      embedding_init=nn.initializers.normal(0.02),
-      name="embed",
-    )
-    return normalise_second_moment(embed(labels))
+def class_embedding(num_classes, features, name):
+  """Returns a layer that maps labels [B] to [B, features]."""
+  return nn.Embed(
+    num_classes,
+    features,
+    embedding_init=nn.initializers.normal(0.02),
+    name=name,
+  )
 
 
 class Mapping(nn.Module):
@@ -360,8 +358,10 @@ class Mapping(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Maps [B, F] to [B, width], float32."""
-    x = Dense(self.width, lr_multiplier=0.01, name="dense0")(x)
-    return Dense(self.width, lr_multiplier=0.01, name="dense1")(nn.silu(x))
+    x = XavierDense(self.width, lr_multiplier=0.01, name="dense0")(x)
+    return XavierDense(self.width, lr_multiplier=0.01, name="dense1")(
+      nn.silu(x)
+    )
 
 
 class Generator(LatentGenerator):
@@ -413,7 +413,7 @@ class Generator(LatentGenerator):
     """Makes what is used by itself; `synthesize` makes the rest."""
     self.to_w = Mapping(self.width)
     if self.num_classes:
-      self.classes = ClassEmbedding(self.num_classes, self.latent_dim)
+      self.classes = class_embedding(self.num_classes, self.latent_dim, None)
 
   @property
   def num_styles(self):
@@ -424,7 +424,8 @@ class Generator(LatentGenerator):
     """Maps latents [B, latent_dim] and labels [B] to w [B, D]."""
     x = normalise_second_moment(latents)
     if self.num_classes:
-      x = jnp.concatenate([x, self.classes(labels)], axis=-1)
+      classes = normalise_second_moment(self.classes(labels))
+      x = jnp.concatenate([x, classes], axis=-1)
     return self.to_w(x)
 
   @nn.compact
@@ -438,7 +439,7 @@ class Generator(LatentGenerator):
     angles = rotary_angles(grid, self.width // self.num_heads)
     positions = sine_cosine_positions(grid, self.width)
     x = jnp.broadcast_to(positions, (w.shape[0], *positions.shape))
-    x, w = x.astype(self.dtype), w.astype(self.dtype)
+    x, w = x.astype(self.dtype), nn.silu(w).astype(self.dtype)
     block = nn.remat(Block) if self.remat else Block
     image, levels = 0.0, []
     for i in range(self.depth):
@@ -455,9 +456,9 @@ class Generator(LatentGenerator):
     return jnp.concatenate(levels, axis=-1) if train else image
 
   def _head(self, level, x, w, grid):
-    """Maps tokens [B, N, D] and w to an image [B, S, S, 3], float32."""
+    """Maps tokens [B, N, D] and silu(w) to an image [B, S, S, 3], float32."""
     name = f"head{level}"
-    scale = XavierDense(self.width, 1.0, self.dtype, name=f"{name}_modulation")
+    scale = XavierDense(self.width, 0.01, self.dtype, name=f"{name}_modulation")
     y = apply_rows(normalise, x, RMSNorm(1.0 + scale(w)))
     y = XavierDense(
       3 * self.patch_size**2, 1.0, self.dtype, name=f"{name}_rgb"
@@ -583,8 +584,6 @@ class Discriminator(nn.Module):
     if not self.num_classes:
       return XavierDense(1, name="logit")(y)[:, 0]
     y = XavierDense(self.head_dim, name="features")(y)
-    embedding = ClassEmbedding(self.num_classes, self.width, name="classes")(
-      labels
-    )
-    embedding = Mapping(self.head_dim, name="class_mapping")(embedding)
+    embed = class_embedding(self.num_classes, self.head_dim, "classes")
+    embedding = Mapping(self.head_dim, name="class_mapping")(embed(labels))
     return jnp.sum(y * embedding, axis=-1) / np.sqrt(self.head_dim)
