@@ -14,8 +14,6 @@ Watch: the table, or `tail -f runs/digits-seeds/*/log.txt`, or
 saves; the same command goes on from there. Delete: the folder.
 """
 
-import contextlib
-import fcntl
 import os
 import pathlib
 import signal
@@ -29,7 +27,7 @@ from rich.live import Live
 from rich.text import Text
 
 from launch import units
-from vitgan_jax import cli
+from vitgan_jax import cli, files
 from vitgan_jax.errors import ConfigError
 
 # Of Linux's C library, read when a process starts: a gain on CPUs.
@@ -224,25 +222,6 @@ class _Stop:
       job.signal(signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _alone(folder):
-  """Keeps others from training in the same folders.
-
-  Raises:
-    ConfigError: if one does already.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / ".lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ConfigError(
-        f"another launch.local is at work in {folder}: stop it, or give "
-        "another --workdir"
-      ) from error
-    yield
-
-
 def main(arguments):
   """Runs what the flags ask for; exits with 1 if a unit failed."""
   cli.no_arguments(arguments)
@@ -250,13 +229,11 @@ def main(arguments):
   if flags.FLAGS["dry-run"].value:
     print("\n".join(unit.command for unit in work))
     return
-  if "://" in work[0].workdir:
-    raise ConfigError(
-      f"--workdir={work[0].workdir} must be a folder of this machine"
-    )
+  files.local(work[0].workdir, "--workdir")
   jobs = [_Job(unit) for unit in work]
   folder = os.path.commonpath([os.path.abspath(u.workdir) for u in work])
-  with _alone(pathlib.Path(folder)):
+  # Of one unit it is the workdir, which the unit itself holds, too.
+  with files.hold(folder, "--workdir", ".launch.lock"):
     num_slots = min(flags.FLAGS.jobs, len(jobs))
     run(jobs, num_slots, flags.FLAGS.restarts, Console())
   failed = [job for job in jobs if job.state == "failed"]

@@ -42,7 +42,7 @@ queue() {
 }
 
 launch_unit() {
-  local command words=(--job-name="$1" --nodes="$nodes" --time="$time")
+  local command jobs words=(--job-name="$1" --nodes="$nodes" --time="$time")
   if [[ $gpus -gt 0 ]]; then
     words+=(--ntasks-per-node="$gpus" --gpus-per-node="$gpus")
   else
@@ -54,9 +54,12 @@ launch_unit() {
   if $dry_run; then
     say "If $1 is there, it is left alone:"
     queue "$1"
-  elif [[ -n $(queue "$1") ]]; then
-    say "$1: is there already"
-    return
+  else
+    jobs=$(queue "$1") || fail "squeue cannot say whether $1 is there"
+    if [[ -n $jobs ]]; then
+      say "$1: is there already"
+      return
+    fi
   fi
   run mkdir -p runs/slurm
   run sbatch "${words[@]}" --output="runs/slurm/$1.log" \
@@ -73,7 +76,7 @@ watch_unit() {
 }
 
 stop_unit() {
-  local job state
+  local job jobs state
   if $dry_run; then
     queue "$1"
     say "With the JOB of that, if it is RUNNING:"
@@ -83,6 +86,7 @@ stop_unit() {
     run scancel JOB
     return
   fi
+  jobs=$(queue "$1") || fail "squeue cannot say whether $1 is there"
   while read -r job state; do
     if [[ -z $job ]]; then
       say "$1: not there"
@@ -92,7 +96,7 @@ stop_unit() {
     else
       scancel "$job"
     fi
-  done <<<"$(queue "$1")"
+  done <<<"$jobs"
 }
 
 delete_unit() {

@@ -199,7 +199,9 @@ watch_unit() {
 stop_unit() { on_hosts "$1" all "bash vitgan/launch/host.sh stop"; }
 
 delete_unit() {
-  if ! $dry_run && [[ -z $(state "$1") ]]; then
+  local found=unknown
+  $dry_run || found=$(state "$1") || fail "gcloud cannot say whether $1 is there"
+  if [[ -z $found ]]; then
     say "$1: not there"
   else
     remove "$1"

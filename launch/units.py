@@ -159,13 +159,15 @@ def read(sweep):
     changes.append(dict(change))
 
   try:
-    runpy.run_path(sweep)["sweep"](add)
-  except KeyError as error:
-    raise ConfigError(f"{sweep} has no function sweep(add)") from error
+    found = runpy.run_path(sweep).get("sweep")
+    if found is not None:
+      found(add)
   except Exception as error:  # whatever the file raises
     raise ConfigError(
       f"--sweep={sweep} cannot be read: {type(error).__name__}: {error}"
     ) from error
+  if found is None:
+    raise ConfigError(f"{sweep} has no function sweep(add)")
   if not changes or not all(changes):
     raise ConfigError(f"{sweep} adds no work unit, or one without a change")
   varying = [

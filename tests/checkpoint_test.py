@@ -206,9 +206,9 @@ DAMAGES = {
 def test_damage_is_found(damage, saved, tmp_path):
   folder = tmp_path / "checkpoints" / "7"
   shutil.copytree(saved[0] / "checkpoints" / "7", folder)
-  assert checkpoint.has_whole(tmp_path)
+  assert checkpoint.whole_steps(tmp_path)
   DAMAGES[damage](folder)
-  assert not checkpoint.has_whole(tmp_path)
+  assert not checkpoint.whole_steps(tmp_path)
 
 
 def test_damaged_checkpoint_is_set_aside_for_the_one_before(
@@ -243,15 +243,15 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(saved, tmp_path):
   workdir = shutil.copytree(saved[0], tmp_path / "run")
   shutil.rmtree(workdir / "checkpoints" / "3")
   folder = workdir / "checkpoints" / "7"
-  assert checkpoint.has_whole(workdir)
+  assert checkpoint.whole_steps(workdir)
   rng = np.random.default_rng(0)
   parts = [x for x in folder.rglob("*") if x.is_file() and x.parent != folder]
   for path in [*parts, folder / "checksums.json"]:
     content = path.read_bytes()
     flip(path, rng.integers(len(content)))
-    assert not checkpoint.has_whole(workdir), path
+    assert not checkpoint.whole_steps(workdir), path
     path.write_bytes(content)
-  assert checkpoint.has_whole(workdir)
+  assert checkpoint.whole_steps(workdir)
 
 
 def test_checkpoint_of_an_earlier_version_is_read_or_passed_over(

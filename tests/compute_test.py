@@ -112,7 +112,7 @@ def test_agreement_is_the_share_of_samples_beside_the_mean_of_their_class():
   asked = np.repeat([0, 1, 2], 200)
   made = np.where(rng.random(600) < 0.7, asked, (asked + 1) % 3)
   fake = means[made] + rng.normal(size=(600, 16))
-  values = compute.class_agreement((real, labels), (fake, asked))
+  values = compute.class_agreement((real, labels), (fake, asked), 3)
 
   def nearest(x):
     return np.argmin(((x[:, None] - means) ** 2).sum(axis=2), axis=1)
@@ -131,7 +131,13 @@ def test_agreement_is_the_share_of_samples_beside_the_mean_of_their_class():
 def test_no_classifier_is_fitted_to_few_images_or_one_class(labels):
   features = np.random.default_rng(0).normal(size=(200, 4))
   labelled = features, labels.astype(int)
-  assert compute.class_agreement(labelled, labelled) is None
+  assert compute.class_agreement(labelled, labelled, 2) is None
+
+
+def test_no_classifier_is_fitted_where_a_class_has_no_images():
+  labelled = np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2
+  assert compute.class_agreement(labelled, labelled, 2) is not None
+  assert compute.class_agreement(labelled, labelled, 3) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -156,8 +157,12 @@ def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
   assert keep(record_of(7, 2.0)) == (True, [7])
   assert keep(record_of(2, 1.0)) == (True, [2])  # an earlier step
   assert keep(record_of(9, 1.5)) == (False, [2])
-  assert keep(record_of(9, 9.0, seed=1)) == (True, [9])
-  assert len(evaluate.read_records(tmp_path)) == 6
+  # By another protocol nothing is known of the one that is kept.
+  assert keep(record_of(9, 0.5, seed=1)) == (False, [2])
+  assert keep(record_of(2, 0.7, seed=1)) == (False, [2])
+  assert keep(record_of(10, 0.6, seed=1)) == (False, [2])
+  assert keep(record_of(11, 0.4, seed=1)) == (True, [11])
+  assert len(evaluate.read_records(tmp_path)) == 9
 
 
 def test_what_was_scored_is_not_scored_again(evaluated, tmp_path, monkeypatch):
@@ -328,6 +333,20 @@ def test_reference_that_does_not_fit_is_an_error(workdir, tmp_path):
     with pytest.raises(ConfigError, match=message):
       evaluate_quietly(workdir, real=folder or prepare.prepare(data))
   assert not (workdir / "scores.jsonl").exists()
+
+
+def test_reference_of_other_classes_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "card.json").touch()
+  config = digits.get_config()
+  config.data.num_classes = 3
+  card = {"image_size": 16, "classes": ["b", "a", "c"]}
+  monkeypatch.setattr(
+    pipeline, "PreparedImages", lambda path: mock.Mock(card=card)
+  )
+  evaluate._real_images(config, tmp_path, [])  # none are known
+  evaluate._real_images(config, tmp_path, card["classes"])
+  with pytest.raises(ConfigError, match="order: b, a, c; the run has a, b, c"):
+    evaluate._real_images(config, tmp_path, ["a", "b", "c"])
 
 
 def test_workdir_without_checkpoints_is_an_error(workdir):

@@ -168,6 +168,19 @@ def test_new_folder_appears_when_it_is_whole(tmp_path):
   assert [x.name for x in output.parent.iterdir()] == ["new"]
 
 
+def test_folder_that_one_stands_in_is_no_new_one(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match="has no name"):
+    with files.new_folder(epath.Path(".")):
+      pass
+
+
+def test_url_is_no_path_of_this_machine(tmp_path):
+  assert files.local(str(tmp_path), "--output") == tmp_path
+  with pytest.raises(ConfigError, match="--output=gs://b/x must be a path of"):
+    files.local("gs://b/x", "--output")
+
+
 def test_new_folder_of_a_failure_is_none(tmp_path):
   output = epath.Path(tmp_path) / "new"
   with pytest.raises(ZeroDivisionError):

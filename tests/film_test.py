@@ -182,6 +182,12 @@ def test_training_is_shown_with_its_kimg(digits_run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(frame[:64], grid)
     assert frame[64:].max() > 200  # the letters
   assert (frames[0][64:] != frames[2][64:]).any()
+  # A resumed run may draw more samples: frames are all of the last one's size.
+  (workdir / "samples" / "00000100.png").write_bytes(
+    datasets.encode(datasets.noise(32, 32, 3))
+  )
+  sizes = {frame.shape for frame in film.of_training(workdir, 8)}
+  assert sizes == {frames[0].shape}
 
 
 def test_the_command_writes_each_kind(digits_run, tmp_path):

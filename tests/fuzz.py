@@ -500,7 +500,7 @@ def targets(seeds):
     ),
     "lmdb": Target(5, _bytes(contents("lmdb")), _read_lmdb),
     "weights": Target(15, _bytes(contents("weights")), _read_weights),
-    "checkpoint": Target(3, of_run, read_copy("run", checkpoint.has_whole)),
+    "checkpoint": Target(3, of_run, read_copy("run", checkpoint.whole_steps)),
     "checkpoint_forged": Target(
       0.2, of_run, read_copy("run", checkpoint.load_run, forged=True)
     ),

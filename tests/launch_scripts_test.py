@@ -155,6 +155,10 @@ class World:
       timeout=60,
     )
 
+  def break_tool(self, name):
+    """Has a tool fail, as without a network."""
+    self._write(name, "#!/bin/sh\necho no network >&2\nexit 1\n")
+
   def launch(self, place, *words, action="launch", units=True):
     """Runs a place's launcher; returns what it printed."""
     script, flags, _ = PLACES[place]
@@ -199,6 +203,28 @@ def starts(world, place):
       words = words[words.index("python") :]
     commands.append(words)
   return commands
+
+
+@pytest.mark.parametrize(
+  "place, action, tool, state",
+  [
+    ("tpu_vm", "delete", "gcloud", {"queue": "ACTIVE"}),
+    ("slurm", "launch", "squeue", {}),
+    ("slurm", "stop", "squeue", {}),
+  ],
+)
+def test_tool_that_fails_does_not_mean_that_nothing_is_there(
+  place, action, tool, state, world
+):
+  world.set(**state)
+  world.break_tool(tool)
+  script, flags, _ = PLACES[place]
+  process = world.run(
+    f"launch/{script}", action, *flags, DEFAULT, "--workdir=gs://b/x"
+  )
+  assert process.returncode == 1
+  assert f"error: {tool} cannot say whether" in process.stderr
+  assert "not there" not in process.stdout and not world.calls("sbatch")
 
 
 def test_scripts_pass_shellcheck():

@@ -185,7 +185,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   wait_until(lambda: all(p.exists() and "ETA" in p.read_text() for p in logs))
   second = start(*arguments, cwd=tmp_path)
   _, errors = second.communicate(timeout=60)
-  assert second.returncode == 78 and "another launch.local is at work" in errors
+  assert (
+    second.returncode == 78 and f"in use by process {process.pid}" in errors
+  )
   process.send_signal(signal.SIGINT)
   output, errors = process.communicate(timeout=120)
   assert (process.returncode, errors) == (0, "")
@@ -217,7 +219,7 @@ def test_a_dry_run_only_prints_what_the_units_are(tmp_path):
   "arguments, words",
   [
     (["--jobs=0"], "jobs"),
-    (["--workdir=gs://bucket/x"], "a folder of this machine"),
+    (["--workdir=gs://bucket/x"], "must be a path of this machine"),
     (["--config.sed=1"], "sed"),
   ],
 )
@@ -238,6 +240,17 @@ def test_failed_units_are_named_and_may_be_started_again(fake, monkeypatch):
   assert code == 1
   assert errors.startswith("error: 1 of 2 work units failed; see ")
   assert errors.endswith("/0/log.txt\n")
+
+
+def test_a_single_unit_can_hold_its_workdir(fake, monkeypatch):
+  """The folder of all units is that of the only one."""
+  jobs = fake.jobs(
+    "import fcntl; file = open('0/.lock', 'a'); "
+    "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+  )
+  monkeypatch.setattr(units, "from_flags", lambda: [job.unit for job in jobs])
+  code, output, errors = runs.call("launch.local", cwd=".")
+  assert (code, errors) == (0, "") and "Done." in output
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

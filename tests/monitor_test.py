@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 
 from tests import tiny
-from vitgan_jax import events, monitor
+from vitgan_jax import events, files, monitor
+from vitgan_jax.errors import ConfigError
 
 
 @pytest.fixture
@@ -53,6 +54,25 @@ def test_rate_is_of_the_steps_since_the_last_line(clock, capsys):
     rates.append(progress.report(step, {}).get("images_per_sec"))
   assert rates == [None, 200.0, 400.0]  # the first call compiles
   assert capsys.readouterr().out.count("ETA") == 2
+
+
+def test_line_comes_each_minute_without_being_logged(clock, capsys):
+  config = tiny.tiny_config(batch_size=8, total_kimg=80.0)
+  progress = monitor.Progress(config, first_step=0, total_steps=10_000)
+  due = []
+  for step in range(100, 600, 100):
+    clock.now += 40.0
+    due.append(progress.is_due())
+    if due[-1]:
+      progress.report(step, {}, is_logged=False)
+  assert due == [False, True, False, True, False]
+  assert capsys.readouterr().out == (
+    "1.6/80 kimg\n3.2/80 kimg  20 images/s  ETA 1:04:00\n"
+  )
+  # The rate that is logged is that of all steps since the first line.
+  clock.now += 20.0
+  rate = progress.report(600, {})["images_per_sec"]
+  assert rate == pytest.approx(400 * 8 / 140)
 
 
 def test_resumed_run_reports_its_own_rate(clock, capsys):
@@ -180,6 +200,31 @@ def test_run_shows_samples_and_the_insides_of_its_discriminator(digits_run):
 
 def full_disk(*unused_args, **unused_kwargs):
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_fault_of_a_bucket_ends_no_run(tmp_path, monkeypatch, capsys):
+  """Those of TensorFlow, which writes gs:// paths, are no OSError."""
+
+  class OpError(Exception):
+    pass
+
+  errors = types.SimpleNamespace(OpError=OpError)
+  monkeypatch.setitem(
+    sys.modules, "tensorflow", types.SimpleNamespace(errors=errors)
+  )
+
+  def fail(*unused_args):
+    raise OpError("no such bucket\nand a long trace")
+
+  monkeypatch.setattr(files, "append_record", fail)
+  with monitor.MetricWriter(tmp_path) as writer:
+    writer.write(2, {"loss/d": 0.5})
+  assert capsys.readouterr().err == (
+    "The run goes on without metrics.jsonl: no such bucket\n"
+  )
+  with pytest.raises(ConfigError, match=r"into --workdir=x: no such bucket$"):
+    with files.writing_into("x", "--workdir"):
+      fail()
 
 
 def test_run_goes_on_without_what_cannot_be_written(

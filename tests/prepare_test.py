@@ -15,7 +15,14 @@ import pytest
 
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
-from vitgan_jax.data import archives, decode, pipeline, prepare, shards
+from vitgan_jax.data import (
+  archives,
+  decode,
+  pipeline,
+  prepare,
+  shards,
+  source,
+)
 from vitgan_jax.errors import ConfigError
 
 
@@ -311,6 +318,22 @@ def test_of_what_was_prepared_from_a_source_that_is_gone_the_last_counts(data):
   os.utime(first, (1, 1))
   shutil.rmtree(data.path)
   assert prepare.prepared_path(data) == last != first
+
+
+def test_shard_asks_for_no_images_of_a_part_that_has_none_for_it(data):
+  """TFDS does not answer."""
+
+  def read(split, start, stop):
+    assert start < stop
+    yield from ((f"{split}{i}", b"", None) for i in range(start, stop))
+
+  data.split = "train+test"
+  few = source.Source("x/1.0.0", "", "", {"train": 9, "test": 2}, read)
+  maker = shards.ShardMaker(few, data, None, 4)
+  names = [name for k in range(4) for name, *_ in maker._read(k)]
+  assert sorted(names) == sorted(
+    [*(f"train{i}" for i in range(9)), "test0", "test1"]
+  )
 
 
 def test_summary_names_what_was_not_used(tmp_path, small_shards):

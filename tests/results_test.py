@@ -151,6 +151,16 @@ def test_logs_that_are_whole_are_not_told_of(tmp_path, capsys):
   assert not capsys.readouterr().err
 
 
+def test_best_of_a_run_is_no_run_of_its_own(tmp_path, monkeypatch):
+  for name in ("a", "b"):
+    make(tmp_path / name, {100.0: 9.0})
+    make(tmp_path / name / "best", {100.0: 9.0})
+  for folders in ([tmp_path], [tmp_path / "a", tmp_path / "b"]):
+    assert [run.name for run in results.find_runs(folders)] == ["a", "b"]
+  monkeypatch.chdir(tmp_path / "a")
+  assert [run.name for run in results.find_runs(["."])] == ["a"]
+
+
 def test_runs_of_equal_length_are_compared_once(tmp_path):
   make(tmp_path / "a", {100.0: 9.0, 400.0: 5.0})
   make(tmp_path / "b", {400.3: 6.0}, r1_gamma=1.0)

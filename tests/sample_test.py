@@ -150,6 +150,21 @@ def test_truncation_is_towards_the_mean_of_the_class():
     assert len(latents) > 100 if psi else max(latents) - min(latents) < 20
 
 
+def test_number_is_a_class_whatever_the_names_are():
+  """A dataset.json names its classes by numbers of its own."""
+  names = ["1", "2", "3"]
+  for words, expected in (
+    ([0, np.int64(2), 1], [0, 2, 1]),
+    (["1", "3"], [0, 2]),  # names, as on the command line
+    (["0"], [0]),  # no name
+  ):
+    np.testing.assert_array_equal(
+      sample.find_classes(words, 3, names), expected
+    )
+  with pytest.raises(ConfigError, match="no class 3:"):
+    sample.find_classes([3], 3, names)
+
+
 @pytest.mark.parametrize(
   "num_classes, count, expected",
   [(0, 64, None), (2, 64, 2), (10, 64, 10), (16, 64, 16), (17, 64, 8)]

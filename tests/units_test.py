@@ -112,6 +112,7 @@ def test_names_are_safe_and_commands_quoted(tmp_path):
     ("add({})", "without a change"),
     ("pass", "adds no work unit"),
     ("1 / 0", "ZeroDivisionError"),
+    ("{}['seed']", "cannot be read: KeyError: 'seed'"),
   ],
 )
 def test_a_sweep_that_cannot_be_run_is_refused(text, words, tmp_path):

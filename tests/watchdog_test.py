@@ -78,6 +78,18 @@ def test_a_mean_is_judged_and_not_one_grid(capsys):
   assert not capsys.readouterr().err
 
 
+def test_images_that_are_all_alike_are_no_fault_of_the_run():
+  """As of one image, which a run is to learn by heart."""
+  verdict = judge(
+    watchdog.Watchdog(),
+    20,
+    **{"diversity/std_over_images": 0.0, "borders/step_ratio_real": 0.0},
+  )
+  assert verdict.keys() == {
+    f"watchdog/{x}" for x in NAMES if x not in ("collapse", "patches")
+  }
+
+
 def test_nothing_is_judged_too_early_or_without_its_scalars(capsys):
   bad = {"auc/clean": 0.5, "auc/augmented": 0.5}
   assert judge(watchdog.Watchdog(), 7, **bad) == {}

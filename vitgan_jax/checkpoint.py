@@ -163,19 +163,21 @@ def _write_checksums(manager):
     files.write_checksums(folder, paths)
 
 
+def steps_of(workdir):
+  """Returns the steps of a workdir's checkpoints, damaged ones among them."""
+  names = [path.name for path in _directory(workdir).glob("*")]
+  return {int(name) for name in names if name.isdigit()}
+
+
 def has_any(workdir):
   """Tells, in all processes, whether a workdir has a checkpoint."""
+  return processes.broadcast_from_first(bool(steps_of(workdir)))
+
+
+def whole_steps(workdir):
+  """Returns the steps of a workdir's checkpoints that have no fault."""
   directory = _directory(workdir)
-  found = directory.is_dir() and any(
-    path.name.isdigit() for path in directory.iterdir()
-  )
-  return processes.broadcast_from_first(found)
-
-
-def has_whole(workdir):
-  """Tells whether a workdir has a checkpoint without a fault."""
-  found = _directory(workdir).glob("*")
-  return any(x.name.isdigit() and not _fault(x) for x in found)
+  return {x for x in steps_of(workdir) if not _fault(directory / str(x))}
 
 
 def _fault(folder):

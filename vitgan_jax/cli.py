@@ -13,7 +13,12 @@ import sys
 from absl import app, flags, logging
 
 from vitgan_jax import files
-from vitgan_jax.errors import ConfigError, lasting_fault
+from vitgan_jax.errors import (
+  ConfigError,
+  lasting_fault,
+  storage_errors,
+  storage_fault,
+)
 
 # What `define_path` defines is its caller's, in --help too.
 flags.disclaim_key_flags()
@@ -48,12 +53,12 @@ def run(main):
       main(argv[1:])
     except ConfigError as error:
       fail(error)
-    except OSError as error:
-      if error.errno is None:  # not of the system
+    except storage_errors() as error:
+      if getattr(error, "errno", 0) is None:  # not of the system
         raise
-      where = f"{error.filename}: " if error.filename else ""
+      name = getattr(error, "filename", None)
       code = EXIT_FINAL if lasting_fault(error) else EXIT_FAILED
-      fail(f"{where}{error.strerror}", code)
+      fail(f"{name}: " * bool(name) + storage_fault(error), code)
     except (AssertionError, RuntimeError):  # JAX raises either
       if not (reason := _missing_device()):
         raise
@@ -211,7 +216,8 @@ def _parse_flags(argv):
     fail(f"no such field in the config: {field}")
   except Exception as error:  # whatever else a config file raises
     # A message may end in a whole traceback: the cause is in its last line.
-    reason = [line for line in str(error).splitlines() if line.strip()][-1]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1] if lines else type(error).__name__
     reason = re.sub(r"^(\w+\.)*\w*Error: ", "", reason.strip())
     fail(f"{reason}; see --help")
   return arguments

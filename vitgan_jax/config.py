@@ -186,6 +186,11 @@ def images_per_step(config):
   return config.batch_size * config.d_steps
 
 
+def kimg(config, step):
+  """Returns the thousands of real images that a run has seen at a step."""
+  return step * images_per_step(config) / 1000
+
+
 def total_steps(config):
   """Returns the training steps of a run: `total_kimg`, rounded up to calls."""
   images_per_call = images_per_step(config) * config.steps_per_call

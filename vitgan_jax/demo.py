@@ -17,6 +17,7 @@ import signal
 import tempfile
 
 from absl import flags
+from etils import epath
 
 from vitgan_jax import cli
 from vitgan_jax.errors import ConfigError
@@ -198,7 +199,7 @@ def build_page(pictures, name, folder):
 def main(arguments):
   """Serves the page until it is interrupted."""
   cli.no_arguments(arguments)
-  workdir = pathlib.Path(flags.FLAGS.workdir)
+  workdir = epath.Path(flags.FLAGS.workdir)
   with tempfile.TemporaryDirectory(prefix="vitgan_jax_demo_") as folder:
     _import_gradio(folder)
     pictures = Pictures(workdir)

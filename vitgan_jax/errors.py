@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 # Of the system: what another start would meet again.
 _LASTING = [
@@ -25,6 +26,21 @@ def lasting_fault(error):
     error: an OSError, or what a library made of one.
   """
   return next((text for text in _LASTING if text in str(error)), "")
+
+
+def storage_errors():
+  """Returns the kinds of errors of a disk or a bucket, for `except`.
+
+  A gs:// path is TensorFlow's, whose errors are no OSError.
+  """
+  tensorflow = sys.modules.get("tensorflow")
+  return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+
+
+def storage_fault(error):
+  """Returns in a few words what one of the `storage_errors` says."""
+  reason = getattr(error, "strerror", None) or str(error)
+  return reason.strip().split("\n")[0] or type(error).__name__
 
 
 def check_fields(

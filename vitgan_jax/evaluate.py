@@ -17,7 +17,12 @@ from vitgan_jax import (
 )
 from vitgan_jax import config as config_lib
 from vitgan_jax.data import pipeline
-from vitgan_jax.errors import ConfigError, DamagedError
+from vitgan_jax.errors import (
+  ConfigError,
+  DamagedError,
+  storage_errors,
+  storage_fault,
+)
 from vitgan_jax.events import EventWriter
 from vitgan_jax.metrics import compute, features, neighbours, reference
 from vitgan_jax.models import networks
@@ -109,7 +114,7 @@ class Evaluator:
     step = int(state.step)
     record = {
       "step": step,
-      "kimg": step * config_lib.images_per_step(config) / 1000,
+      "kimg": config_lib.kimg(config, step),
       "scores": compute.scores(
         self.protocol["network"], self.reference, fake, long
       ),
@@ -126,6 +131,7 @@ class Evaluator:
         record["class_agreement"] = compute.class_agreement(
           (self.reference.features, labels),
           (fake.features, np.asarray(self._labels)),
+          len(classes),
         )
         record["class_scores"], record["class_scores_skipped"] = (
           compute.class_scores(
@@ -176,7 +182,8 @@ def is_best(workdir, record):
   """Says whether a record is the best of a run, in all processes.
 
   It is if its first score, the Fréchet distance, is the lowest of those by the
-  same protocol, or the one that was kept is damaged.
+  same protocol, among them that of the one that is kept; or if that one is
+  damaged, or there is none.
 
   Args:
     workdir: of the run.
@@ -185,10 +192,18 @@ def is_best(workdir, record):
   best = False
   if processes.is_primary():
     first = next(iter(record["scores"]))
-    best = not checkpoint.has_whole(epath.Path(workdir) / "best") or all(
-      record["scores"][first] < other["scores"].get(first, np.inf)
+    kept = checkpoint.whole_steps(epath.Path(workdir) / "best")
+    others = [
+      other
       for other in read_records(workdir)
       if other["protocol"] == record["protocol"]
+    ]
+    best = not kept or (
+      not kept.isdisjoint(other["step"] for other in others)
+      and all(
+        record["scores"][first] < other["scores"].get(first, np.inf)
+        for other in others
+      )
     )
   return processes.broadcast_from_first(best)
 
@@ -302,7 +317,8 @@ def evaluate(
         continue
       if evaluator is None:  # late: there may be no checkpoint
         with processes.raise_together():
-          images = _real_images(config, real)
+          names = config_lib.class_names(workdir)
+          images = _real_images(config, real, names)
         compute.check_count(network, "real", len(images))
         evaluator = Evaluator(nets, images, mesh, network, num_samples, seed)
       done = find_record(workdir, step, evaluator.protocol)
@@ -324,20 +340,22 @@ def evaluate(
           _draw(workdir, step, "neighbours", neighbours_of)
           _draw(workdir, step, "interpolation", np.asarray(between))
           _write_scalars(workdir, record)
-      except (OSError, ConfigError) as error:
+      except (*storage_errors(), ConfigError) as error:
         lost[step] = error
   if lost:
     steps = ", ".join(map(str, lost))
     raise ConfigError(
-      f"the scores of step {steps}, above, are not kept: {lost.popitem()[1]}"
+      f"the scores of step {steps}, above, are not kept: "
+      f"{storage_fault(lost.popitem()[1])}"
     )
 
 
-def _real_images(config, folder):
+def _real_images(config, folder, class_names):
   """Returns the PreparedImages of a folder; None is the run's dataset.
 
   Raises:
-    ConfigError: if there are none, or of another size than the run's.
+    ConfigError: if there are none, or of another size than the run's, or of
+      other classes.
   """
   if folder is None:
     return pipeline.load_images(config.data)
@@ -352,6 +370,13 @@ def _real_images(config, folder):
     raise ConfigError(
       f"--reference={folder} has images of {size} px, and the run makes "
       f"{config.data.image_size} px: prepare them at this size"
+    )
+  classes = images.card.get("classes", [])
+  if config.data.num_classes and class_names and classes != class_names:
+    raise ConfigError(
+      f"--reference={folder} has other classes than the run, or in another "
+      f"order: {', '.join(classes[:20]) or 'none'}; the run has "
+      f"{', '.join(class_names[:20])}"
     )
   return images
 

@@ -89,14 +89,13 @@ def to_stablehlo(trained):
   import jax.export
   import jax.numpy as jnp
 
+  from vitgan_jax import sample
+
   draw = _drawing(trained)
 
   def call(latents, *others):
     *labels, truncation, seed = others
-    key = jax.random.key(seed)
-    keys = jax.vmap(
-      lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 1)
-    )(jnp.arange(latents.shape[0]))
+    _, keys = sample.keys_of(seed, jnp.arange(latents.shape[0]))
     return draw(latents, labels, keys, truncation)
 
   (batch,) = jax.export.symbolic_shape("b")
@@ -209,9 +208,9 @@ def _scores(workdir, step):
   from vitgan_jax import evaluate
 
   folder = epath.Path(workdir)
-  if folder.name == "best":  # of which its run has the scores
-    folder = folder.parent
   records = evaluate.read_records(folder)
+  if folder.name == "best":  # which its run scored
+    records = evaluate.read_records(folder.parent) + records
   return [record for record in records if record["step"] == step]
 
 
@@ -272,7 +271,7 @@ def _card(workdir, trained, file_format, data_license):
 
   config = trained.config
   num_classes = config.data.num_classes
-  kimg = trained.step * config_lib.images_per_step(config) / 1000
+  kimg = config_lib.kimg(config, trained.step)
   facts = {
     "Generator": f"{config.generator.kind}, trained against "
     f"{config.discriminator.kind}; its moving average",

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import socket
 import sys
 import threading
@@ -14,7 +15,7 @@ import time
 
 from etils import epath
 
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, storage_errors, storage_fault
 
 # Forms of what lines of JSON hold; see `has_form`.
 NUMBER = (int, float)
@@ -81,7 +82,7 @@ def fault_of(folder):
 
 @contextlib.contextmanager
 def writing_into(folder, flag, remedy=""):
-  """Says of an OSError within the block that a folder cannot be written into.
+  """Says of a fault of storage within the block where nothing can be written.
 
   Args:
     folder: for the message.
@@ -89,14 +90,25 @@ def writing_into(folder, flag, remedy=""):
     remedy: what else to do, the end of the message.
 
   Raises:
-    ConfigError: in place of the OSError.
+    ConfigError: in place of one of the `storage_errors`.
   """
   try:
     yield
-  except OSError as error:
+  except storage_errors() as error:
     raise ConfigError(
-      f"cannot write into {flag}={folder}: {error.strerror or error}{remedy}"
+      f"cannot write into {flag}={folder}: {storage_fault(error)}{remedy}"
     ) from error
+
+
+def local(path, flag):
+  """Returns the pathlib.Path of a flag's value.
+
+  Raises:
+    ConfigError: if it is a URL, as gs://bucket/run.
+  """
+  if "://" in os.fspath(path):
+    raise ConfigError(f"{flag}={path} must be a path of this machine")
+  return pathlib.Path(path)
 
 
 def check_writable(folder, flag, remedy=""):
@@ -138,6 +150,8 @@ def new_folder(output):
     ConfigError: if it cannot be written.
   """
   check_new(output)
+  if not output.name:
+    raise ConfigError(f"--output={output} has no name: give a new folder")
   partial = output.with_name(f"{output.name}.partial")
   if partial.exists():
     partial.rmtree()
@@ -273,7 +287,7 @@ def append_record(path, record):
 
 
 @contextlib.contextmanager
-def hold(folder, flag):
+def hold(folder, flag, name=".lock"):
   """Keeps a folder for this process, so that no other one holds it.
 
   What a process held is free again when it ends, however it does. A URL, as
@@ -282,12 +296,13 @@ def hold(folder, flag):
   Args:
     folder: of this machine, made if it is not there; or a URL.
     flag: that gave it, for messages.
+    name: of the file within that is locked.
 
   Raises:
     ConfigError: if another process holds it, and which; or if it cannot be
       written into.
   """
-  path = os.path.join(os.fspath(folder), ".lock")
+  path = os.path.join(os.fspath(folder), name)
   if "://" in path:
     yield
     return

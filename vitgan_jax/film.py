@@ -18,10 +18,10 @@ pip install -e '.[film]'
 
 import contextlib
 import itertools
-import pathlib
 import subprocess
 
 from absl import flags
+from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
@@ -60,7 +60,7 @@ class Painter:
     """
     import jax
 
-    from vitgan_jax import checkpoint, latent_space, sample
+    from vitgan_jax import checkpoint, sample
     from vitgan_jax.models import networks
     from vitgan_jax.pixels import to_uint8
 
@@ -78,7 +78,9 @@ class Painter:
 
     @jax.jit
     def w_of(variables, latents):
-      w = latent_space.apply_mapping(self.generator, variables, latents, labels)
+      w = self.generator.apply(
+        variables, latents, labels, method=sample.mapping
+      )
       return sample.truncate(w, labels, cut)
 
     @jax.jit
@@ -151,20 +153,21 @@ def of_training(workdir, num_frames):
   Raises:
     ConfigError: if the folder is no workdir, or has no samples.
   """
-  images_per_step = config_lib.images_per_step(config_lib.load(workdir))
-  paths = (pathlib.Path(workdir) / "samples").glob("*.png")
+  config = config_lib.load(workdir)
+  paths = (epath.Path(workdir) / "samples").glob("*.png")
   paths = sorted(
     (x for x in paths if x.stem.isdigit()), key=lambda x: int(x.stem)
   )
   grids = []
   for path in paths:
     try:
-      with Image.open(path) as image:
+      with path.open("rb") as file, Image.open(file) as image:
         image.load()
     except (OSError, UnidentifiedImageError):
       files.tell(f"{path} is damaged: it is left out")
       continue
-    grids.append((path, int(path.stem) * images_per_step / 1000))
+    size = image.size  # that of the last: a resumed run may draw other ones
+    grids.append((path, config_lib.kimg(config, int(path.stem))))
   if not grids:
     raise ConfigError(
       f"there are no grids in {workdir}/samples yet: --of=training needs a run "
@@ -174,8 +177,9 @@ def of_training(workdir, num_frames):
   def frames():
     for i in range(num_frames):
       path, kimg = grids[i * len(grids) // num_frames]
-      with Image.open(path) as image:
-        yield captioned(image.convert("RGB"), f"{kimg:,.0f} kimg")
+      with path.open("rb") as file, Image.open(file) as image:
+        image = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        yield captioned(image, f"{kimg:,.0f} kimg")
 
   return frames()
 
@@ -306,7 +310,7 @@ def film(
   Raises:
     ConfigError: if something of these cannot be.
   """
-  path = pathlib.Path(output)
+  path = files.local(output, "--output")
   num_frames = max(1, round(seconds * fps))
   if path.suffix == _STILL and of == "mixing":
     num_frames = 1

@@ -92,7 +92,7 @@ def evaluate(workdir):
   _, _, real_confidence = judge(classifier, real_images)
   return {
     "step": int(state.step),
-    "kimg": int(state.step) * config_lib.images_per_step(config) / 1000,
+    "kimg": config_lib.kimg(config, int(state.step)),
     "num_samples": NUM_SAMPLES,
     "seed": SEED,
     "class_share": (counts / NUM_SAMPLES).tolist(),

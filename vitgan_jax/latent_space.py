@@ -18,19 +18,10 @@ _NUM_LATENTS = 10_000  # as in StyleGAN
 def has_mapping_network(nets, variables):
   """Tells whether w is another thing than the latent, beside the class."""
   latents = jax.random.normal(jax.random.key(0), (2, nets.generator.latent_dim))
-  w = apply_mapping(
-    nets.generator, variables, latents, _labels(nets.generator, 2)
+  w = nets.generator.apply(
+    variables, latents, _labels(nets.generator, 2), method=sample.mapping
   )
   return w.ndim > 2 or not np.array_equal(w[:, : latents.shape[1]], latents)
-
-
-def apply_mapping(generator, variables, latents, labels):
-  """Returns w [B, ...] of latents [B, latent_dim] and classes [B] or None."""
-
-  def mapping(generator):
-    return generator.mapping(latents, labels)
-
-  return generator.apply(variables, method=mapping)
 
 
 def deviations(nets, variables):
@@ -49,7 +40,7 @@ def deviations(nets, variables):
   def draw(variables, mean):
     shape = (_NUM_LATENTS, generator.latent_dim)
     latents = jax.random.normal(jax.random.key(0), shape)
-    w = apply_mapping(generator, variables, latents, labels)
+    w = generator.apply(variables, latents, labels, method=sample.mapping)
     return w - (mean if labels is None else mean[labels])
 
   return np.asarray(draw(variables, sample.mean_w(nets, variables)))

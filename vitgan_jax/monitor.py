@@ -13,7 +13,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax import files, pictures, processes, visualize
 from vitgan_jax import sample as sample_lib
 from vitgan_jax.diagnostics import make_diagnostics
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, storage_errors, storage_fault
 from vitgan_jax.events import EventWriter, WandbWriter
 from vitgan_jax.watchdog import Watchdog
 
@@ -48,7 +48,7 @@ class Progress:
     last_step, last_time = self._last
     if is_logged or last_time is None:
       self._last = (step, now)
-    result = {"kimg": step * images_per_step / 1000}
+    result = {"kimg": config_lib.kimg(self._config, step)}
     line = f"{result['kimg']:.6g}/{self._config.total_kimg:g} kimg"
     if last_time is not None and step > last_step:
       rate = (step - last_step) / (now - last_time)
@@ -136,7 +136,7 @@ class MetricWriter:
       self._events = self._events or EventWriter(self._workdir)
       try:
         self._events.write(step, scalars, images or {})
-      except OSError:
+      except storage_errors():
         self._close()  # behind half an event, none is read
         raise
     with self.spared("metrics.jsonl"):
@@ -155,11 +155,11 @@ class MetricWriter:
     """Has a file that cannot be written not end the run; says so once."""
     try:
       yield
-    except (OSError, ConfigError) as error:
+    except (*storage_errors(), ConfigError) as error:
       if what not in self._told:
         self._told.add(what)
         print(
-          f"The run goes on without {what}: {error}",
+          f"The run goes on without {what}: {storage_fault(error)}",
           file=sys.stderr,
           flush=True,
         )

@@ -215,7 +215,7 @@ def make_projector(nets, variables, network, space, num_steps):
 
   def draw(variables, w, labels):
     if not is_mapped:
-      w = latent_space.apply_mapping(generator, variables, w, labels)
+      w = generator.apply(variables, w, labels, method=sample.mapping)
     images = generator.apply(variables, w, method="synthesize")
     return jnp.clip(images, -1.0, 1.0)  # as they are written
 
@@ -297,7 +297,8 @@ def project(
   if num_steps < 1:
     raise ConfigError(f"--num_steps={num_steps} must be at least 1")
   sample.check_seed(seed)
-  output, folder = pathlib.Path(output), pathlib.Path(files.expand(paths[0]))
+  output = files.local(output, "--output")
+  folder = pathlib.Path(files.expand(paths[0]))
   if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
     raise ConfigError(
       f"--output={output} is within --images={folder}, and would be taken for "

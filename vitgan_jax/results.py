@@ -135,8 +135,11 @@ def find_runs(folders, names=()):
     ConfigError: if there is none, or two have one name.
   """
   found = {}
-  for folder in map(pathlib.Path, folders):
-    inner = [x for x in (folder, *folder.glob("*")) if _is_run(x)]
+  for folder in folders:
+    folder = files.local(folder, "FOLDER").resolve()  # "." has no name
+    # A run's own folders, as `best`, are none.
+    inner = [x for x in folder.glob("*") if _is_run(x)]
+    inner = [folder] if _is_run(folder) else inner
     if not inner:
       raise ConfigError(
         f"{folder} is no workdir, and has none in it: there is no config.json. "
@@ -509,7 +512,7 @@ def main(arguments):
       "[--sweep=FILE]; see --help"
     )
   folders = [files.expand(x) for x in arguments]
-  output = pathlib.Path(flags.FLAGS.output or folders[0])
+  output = files.local(flags.FLAGS.output or folders[0], "--output")
   names, published, command = (), None, f"python -m vitgan_jax.results {output}"
   if flags.FLAGS.sweep:
     from launch import units

@@ -51,10 +51,8 @@ def _make_sampler(nets, mesh, batch_size):
   generator = nets.generator
 
   def draw(variables, seed, numbers, labels, truncation, shift):
-    key = jax.random.key(seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+    keys, noise_keys = keys_of(seed, numbers)
     latents = draw_latents(keys, generator.latent_dim)
-    noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     return _draw(
       generator, variables, latents, labels, noise_keys, truncation, shift
     )
@@ -131,7 +129,7 @@ def mean_w(nets, variables):
 
     def of_class(label):
       labels = None if label is None else jnp.full(num_latents, label)
-      w = generator.apply(variables, latents, labels, method=_mapping)
+      w = generator.apply(variables, latents, labels, method=mapping)
       return jnp.mean(w, axis=0)
 
     # One class after the other: all w of a thousand would not fit.
@@ -142,6 +140,13 @@ def mean_w(nets, variables):
     )
 
   return mean(variables)
+
+
+def keys_of(seed, numbers):
+  """Returns the keys of numbered samples [B]: of latents, and of noise."""
+  key = jax.random.key(seed)
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+  return keys, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
 
 
 def labels_of(generator, numbers, classes=None):
@@ -180,7 +185,12 @@ def truncate(w, labels, truncation):
   return psi * w + (1.0 - psi) * (mean if labels is None else mean[labels])
 
 
-def _mapping(generator, latents, labels):
+def mapping(generator, latents, labels=None):
+  """Maps latents [B, latent_dim] and classes [B] to w [B, ...].
+
+  As a `method` of `apply`: what a module makes in its setup has no name outside
+  of a call.
+  """
   return generator.mapping(latents, labels)
 
 
@@ -256,7 +266,7 @@ def find_classes(words, num_classes, names):
   """Returns the class [K] of each word of --classes; None is None.
 
   Args:
-    words: names or numbers of classes, as texts.
+    words: names of classes or their numbers; a text that is both is a name.
     num_classes: of the run; 0 is none.
     names: of its classes; [] if none are known.
 
@@ -265,16 +275,16 @@ def find_classes(words, num_classes, names):
   """
   if words is None:
     return None
-  given = f"--classes={','.join(words)}"
+  given = f"--classes={','.join(map(str, words))}"
   if not num_classes:
     raise ConfigError(
       f"{given} is for a run with classes, and this one was trained without "
       "(config.data.num_classes=0): leave it out"
     )
-  # Where classes are named by numbers, as those of some dataset.json, a name
-  # comes first.
+  # Some classes are named by numbers, as those of a dataset.json may be.
   known = {str(i): i for i in range(num_classes)}
   known |= {name: i for i, name in enumerate(names)}
+  known |= {i: i for i in range(num_classes)}
   unknown = [word for word in words if word not in known]
   if unknown or not words:
     some = f" or a name: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)

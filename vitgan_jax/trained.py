@@ -60,7 +60,7 @@ class TrainedGenerator:
       seed: of the latents, from 0 to 2**31 - 1.
       truncation: psi, the share of w's distance from its mean that is left; 1
         is as trained.
-      classes: names or numbers of classes; sample i is of number i modulo how
+      classes: numbers of classes, or names; sample i is of number i modulo how
         many they are. None is all in turn.
 
     Raises:
@@ -69,9 +69,7 @@ class TrainedGenerator:
     sample.check_samples(num_samples, seed)
     if classes is not None:
       classes = sample.find_classes(
-        [str(x) for x in classes],
-        self.config.data.num_classes,
-        self.class_names,
+        classes, self.config.data.num_classes, self.class_names
       )
     towards = None if truncation == 1.0 else (truncation, self.mean_w)
     batches = sample.sample_images(
@@ -104,20 +102,13 @@ class TrainedGenerator:
 
   @functools.cached_property
   def _mapping(self):
-    return jax.jit(functools.partial(self.generator.apply, method=_map))
+    return jax.jit(
+      functools.partial(self.generator.apply, method=sample.mapping)
+    )
 
   @functools.cached_property
   def _synthesize(self):
-    return jax.jit(functools.partial(self.generator.apply, method=_synthesize))
-
-
-# By functions: what a module makes in its setup has no name outside of a call.
-def _map(generator, *inputs):
-  return generator.mapping(*inputs)
-
-
-def _synthesize(generator, *inputs):
-  return generator.synthesize(*inputs)
+    return jax.jit(functools.partial(self.generator.apply, method="synthesize"))
 
 
 def is_export(path):

@@ -60,10 +60,10 @@ def draw_curves(workdir, output=None):
     ConfigError: if the folder is not a workdir.
   """
   workdir = epath.Path(workdir)
-  images_per_step = config_lib.images_per_step(config_lib.load(workdir))
+  config = config_lib.load(workdir)
   curves = collections.defaultdict(dict)
   for scalars in files.read_records(workdir / "metrics.jsonl", files.METRICS):
-    kimg = scalars.pop("step") * images_per_step / 1000
+    kimg = config_lib.kimg(config, scalars.pop("step"))
     for name, value in scalars.items():
       # A resumed run logs some steps again; the later value is the run's.
       curves[name][kimg] = value
@@ -215,12 +215,13 @@ def draw(workdir, output=None):
     ConfigError: if the folder is not a workdir, has nothing to draw, or the
       other cannot be written.
   """
+  from vitgan_jax import checkpoint  # late, for the same reason
+
   config_lib.load(workdir)  # before a folder is made
   folder = epath.Path(output or workdir)
   files.check_writable(folder, "--output", "; give another --output")
   curves = draw_curves(workdir, folder)
-  checkpoints = (epath.Path(workdir) / "checkpoints").glob("*")
-  if any(path.name.isdigit() for path in checkpoints):
+  if checkpoint.steps_of(workdir):
     return [curves] * bool(curves) + draw_discriminator(workdir, folder)
   if not curves:
     raise ConfigError(

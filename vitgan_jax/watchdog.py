@@ -102,7 +102,7 @@ class Watchdog:
       seen = self._seen[rule.name]
       try:
         seen.append(rule.measure(scalars))
-      except KeyError:
+      except (KeyError, ZeroDivisionError):  # the latter of images all alike
         continue
       if len(seen) == seen.maxlen:
         mean = statistics.fmean(seen)

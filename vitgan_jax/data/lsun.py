@@ -52,7 +52,7 @@ def open_category(data, category):
     folders = {
       split: _find(data, name)
       for split, name in names.items()
-      if split in data.split  # which may be "train[:50%]"
+      if split in data.split or data.split == "all"  # or "train[:50%]"
     }
   if not folders:
     raise ConfigError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 
 from vitgan_jax import files
 from vitgan_jax.errors import ConfigError
@@ -22,12 +21,8 @@ def data_dir(data):
     data.data_dir or default,
     "a folder as --config.data.data_dir or TFDS_DATA_DIR",
   )
-  if "://" in folder:
-    raise ConfigError(
-      f"config.data.data_dir={folder!r}: images are memory-mapped from a local "
-      "disk; copy the dataset to one and give its folder"
-    )
-  return pathlib.Path(folder)
+  # Images are memory-mapped.
+  return files.local(folder, "config.data.data_dir")
 
 
 def manual_dir(data):

@@ -159,7 +159,9 @@ class ShardMaker:
     for split, start, stop in self._parts:
       share, more = divmod(stop - start, self._num_shards)
       first = start + k * share + min(k, more)  # the first shards have one more
-      yield from self._source.read(split, first, first + share + (k < more))
+      last = first + share + (k < more)
+      if first < last:  # of a small part not each shard has some
+        yield from self._source.read(split, first, last)
 
   def _count_skipped(self, skipped):
     """Names corrupt images; raises if they are too many."""

@@ -107,7 +107,7 @@ def class_scores(network, real, fake, classes):
   return values, "; ".join(skipped)
 
 
-def class_agreement(real, fake, folds=5):
+def class_agreement(real, fake, num_classes, folds=5):
   """Computes how many generated images a classifier takes for their class.
 
   It is a linear one, of features: linear discriminant analysis, its covariance
@@ -116,6 +116,7 @@ def class_agreement(real, fake, folds=5):
   Args:
     real: (features [N, F], their classes [N]), what it is fitted to.
     fake: (features [M, F], the classes that were asked for [M]).
+    num_classes: how many there are.
     folds: parts that the real images are taken in, to classify each by the
       others.
 
@@ -125,7 +126,7 @@ def class_agreement(real, fake, folds=5):
     or there is one alone.
   """
   features, labels = real
-  counts = np.bincount(labels)
+  counts = np.bincount(labels, minlength=num_classes)
   if len(counts) < 2 or counts.min() < _MIN_CLASS_IMAGES:
     return None
   # Late: it takes a second to import.

@@ -52,11 +52,12 @@ def load_images(path):
       files.tell(f"Not used of {path}: {len(names):,} {kind} ({first}, ...)")
   images, first, count = None, None, 0
   for i, name in enumerate(tqdm(archive.names, f"Reading {path}")):
-    if pathlib.PurePosixPath(name).name == "grid.png":
+    if archives.shown(name).rpartition("/")[2] == "grid.png":
       continue  # of `--mode=sample`, without its samples
     try:
       image = np.asarray(decode.decode(archive.read(i)))
     except Exception as error:  # Pillow raises many kinds for a damaged one
+      name = archives.shown(name)
       raise ConfigError(f"{path}: {name} is no image: {error}") from error
     if images is None:
       images = np.empty((len(archive.names), *image.shape), np.uint8)

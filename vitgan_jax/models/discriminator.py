@@ -36,8 +36,8 @@ class Discriminator(nn.Module):
   """ViT discriminator (ViTGAN, section 3.2), images to logits.
 
   It draws nothing at random: `keys` and `train` are those of all
-  discriminators, see `networks`. A class adds to the logit the projection of its
-  embedding on what the head reads (Miyato and Koyama 2018), here over sqrt(D).
+  discriminators, see `networks`. A class adds to the logit the projection of
+  its embedding on what the head reads (Miyato and Koyama 2018), over sqrt(D).
 
   Attributes:
     image_size: S, pixels along a side.
