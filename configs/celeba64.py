@@ -27,7 +27,7 @@ from configs import common
 
 
 def get_config(arg=""):
-  """Returns the config; `arg` may be "smoke"."""
+  """Returns the config; for `arg` see `common.apply_argument`."""
   config = common.get_config()
   config.data.dataset = "celeb_a"
   config.data.image_size = 64

@@ -29,5 +29,5 @@ from configs import common
 
 
 def get_config(arg=""):
-  """Returns the config; `arg` may be "smoke"."""
+  """Returns the config; for `arg` see `common.apply_argument`."""
   return common.apply_argument(common.get_config(), arg)

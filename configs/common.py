@@ -15,7 +15,7 @@ def get_config():
   config.seed = 0
   config.batch_size = 128  # images a step, over all devices
   config.total_kimg = 51_200.0  # length of the run, thousands of real images
-  config.steps_per_call = 16  # steps in one call of the host; must fit the kimg
+  config.steps_per_call = 16  # steps in one call of the host
   # Micro-batches that a step's batch is taken in, one after the other: less
   # memory for the same step
   config.accumulation = 1

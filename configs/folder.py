@@ -17,7 +17,7 @@ from configs import celeba64, common
 
 
 def get_config(arg=""):
-  """Returns the config; `arg` may be "smoke"."""
+  """Returns the config; for `arg` see `common.apply_argument`."""
   config = celeba64.get_config()
   config.data.dataset = "folder"
   config.data.crop = ()

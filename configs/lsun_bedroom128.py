@@ -16,7 +16,7 @@ from configs import common, lsun_bedroom64
 
 
 def get_config(arg=""):
-  """Returns the config; `arg` may be "smoke"."""
+  """Returns the config; for `arg` see `common.apply_argument`."""
   config = lsun_bedroom64.get_config()
   config.data.image_size = 128
   config.generator.depth = 8

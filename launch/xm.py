@@ -8,7 +8,10 @@ trains on this machine, in the environment of `make install`. On Google Cloud,
 in the container of launch/Dockerfile:
 
   ... launch/xm.py -- --config=configs/celeba64.py --executor=vertex \
-    --accelerator=a100=8 --workdir=/gcs/BUCKET/runs/celeba64
+    --accelerator=tpu_v3=8 --workdir=/gcs/BUCKET/runs/celeba64
+
+For GPUs, as a100=8, first set ACCELERATOR=cuda in launch/Dockerfile: XManager
+gives a build no arguments.
 
 Watch: what the units print comes with their names before it; on Google Cloud,
 in its console. Stop: Ctrl-C, upon which each local unit saves; the same command

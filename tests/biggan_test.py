@@ -217,7 +217,10 @@ def test_step_keeps_the_state_in_shape_and_updates_its_statistics():
     ({"data.image_size": 64}, "doubles 4 x 4 to 32 px"),
     ({"generator.channels": (8, 0, 8, 8)}, "must be positive numbers"),
     ({"generator.kernel_init": "he"}, "kernel_init='he' must be"),
-    ({"discriminator.num_halvings": 6}, "must be a multiple of 64"),
+    ({"discriminator.num_halvings": 3}, "must be from 0 to 2, the number of"),
+    ({"data.image_size": 34}, "doubles 4 x 4 to 32 px, not .*=34"),
+    ({"generator.attention_resolution": 4}, "one of 0, 8, 16, 32"),
+    ({"discriminator.attention_resolution": 32}, "one of 0, 16, 8"),
   ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib
 import math
@@ -399,6 +400,38 @@ def test_smoke_is_the_same_experiment_within_64_images(module):
   for field, value in old.items():
     # A switch of the model or of the objective is not a matter of size.
     assert not isinstance(value, str | bool) or new[field] == value, field
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_other_kinds_of_networks_are_taken_or_refused_in_a_line(module):
+  """Where their sizes do not fit the images, or they take no classes."""
+  taken = 0
+  for network, table in kinds.TABLES.items():
+    for kind in table:
+      for size in ("", "tiny,", "smoke,"):
+        config = get_config(f"{module}:{size}{network[0]}={kind}")
+        assert config[network].kind == kind
+        with contextlib.suppress(ConfigError):
+          config_lib.validate(config)
+          taken += 1
+  assert taken > 20
+
+
+def test_rate_of_gat_is_that_of_its_width():
+  for arg, rate in (
+    ("gat_cifar10", 4e-4),
+    ("gat_cifar10:tiny", 2.4e-3),
+    ("gat_cifar10:smoke", 4.8e-3),
+    ("gat_ffhq128:tiny", 2.4e-3),
+    ("gat_ffhq256", 4e-4),
+  ):
+    config = get_config(arg)
+    assert config.g_optimizer.learning_rate == pytest.approx(rate)
+    assert config.d_optimizer.learning_rate == pytest.approx(rate)
+    decay = 0.5 ** (config.batch_size / (1000 * config.ema.half_life_kimg))
+    if "smoke" not in arg:
+      assert decay == pytest.approx(0.999, abs=1e-4)
+  assert get_config("gat_ffhq128:tiny").generator.patch_size == 4
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import jax
@@ -179,7 +180,7 @@ def test_step_takes_four_of_the_discriminator_with_its_penalties():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"data.image_size": 64}, "of 3 stages from 8 x 8, makes 32 px"),
+    ({"data.image_size": 64}, "makes 32 px, .* one depth more than doublings"),
     ({"generator.depths": (1, 0, 1)}, r"depths=\(1, 0, 1\) must be positive"),
     ({"generator.width": 40}, "multiple of 16 times .*num_heads=2"),
     ({"discriminator.depths": (1, 1)}, "must be three"),
@@ -192,3 +193,13 @@ def test_what_cannot_be_is_refused(changes, message):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ConfigError, match=message):
     networks.check(config)
+
+
+@pytest.mark.parametrize("size, fits", [(64, True), (80, False), (96, True)])
+def test_images_that_windows_do_not_tile_are_refused(size, fits):
+  fields = transgan_cifar10.get_config("smoke").discriminator
+  checked = contextlib.nullcontext()
+  if not fits:
+    checked = pytest.raises(ConfigError, match="40 x 40 tokens, which windows")
+  with checked:
+    transgan.Discriminator.check(fields, size, "config.discriminator.")

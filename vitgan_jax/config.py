@@ -18,7 +18,8 @@ MACHINE_FIELDS = ("compilation_cache", "data.data_dir", "data.path")
 MAY_CHANGE = (
   *MACHINE_FIELDS,
   "total_kimg",
-  # These give the same numbers, up to the order of float32 sums.
+  # These give the same numbers, up to the order of float32 sums; but for batch
+  # statistics and averages of w, which are those of a micro-batch.
   "accumulation",
   "remat",
   "fsdp",

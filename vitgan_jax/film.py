@@ -1,4 +1,4 @@
-"""Films of a run: a walk among its latents, directions, styles, its training.
+r"""Films of a run: a walk among its latents, directions, styles, its training.
 
   python -m vitgan_jax.film --workdir=runs/faces --output=latents.mp4
   python -m vitgan_jax.film --workdir=runs/faces --output=directions.webp \

@@ -66,7 +66,10 @@ _NUM_SAMPLES = flags.DEFINE_integer(
   "evaluation.num_samples with --mode=evaluate.",
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the latents; --mode=train has --config.seed instead."
+  "seed",
+  0,
+  "Seed of the latents, with --mode=sample and --mode=evaluate; training has "
+  "--config.seed.",
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -84,8 +87,8 @@ _FEATURES = flags.DEFINE_enum(
 _INCEPTION_WEIGHTS = cli.define_path(
   "inception_weights",
   None,
-  "pt_inception-2015-12-05-6726825d.pth; default ~/.cache/vitgan_jax, into "
-  "which it is downloaded.",
+  "File of Inception's weights, pt_inception-2015-12-05-6726825d.pth, with "
+  "--mode=evaluate; by default downloaded into ~/.cache/vitgan_jax.",
 )
 _REFERENCE = cli.define_path(
   "reference",
@@ -106,16 +109,19 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "HOST:PORT of the first of many processes that are started by hand.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many they are."
+  "num_processes", None, "Number of processes, with --coordinator_address."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of them this is, from 0."
+  "process_id",
+  None,
+  "Number of this process, from 0, with --coordinator_address.",
 )
 _OUTPUT = cli.define_path(
-  "output", None, "New folder for them; default <workdir>/samples_seed<seed>."
+  "output",
+  None,
+  "New folder for the samples, with --mode=sample; default "
+  "<workdir>/samples_seed<seed>.",
 )
-
-
 _CLASSES = flags.DEFINE_list(
   "classes",
   None,

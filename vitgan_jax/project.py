@@ -1,11 +1,11 @@
-"""Finds the latents of given images.
+r"""Finds the latents of given images.
 
   python -m vitgan_jax.project --workdir=runs/faces --images=photos \
     --output=runs/projected
 
---images is a folder, a zip, or files with commas between. Of each image NAME,
---output gets NAME.npz, with its w; NAME.png, the image beside its projection;
-and a line of distances.jsonl. The same command again goes on where it stopped.
+--images is a folder, a zip, or files with commas between. Of cat.jpg --output
+gets cat.jpg.npz, with its w; cat.jpg.png, the image beside its projection; and
+a line of distances.jsonl. The same command again goes on where it stopped.
 
 --space=w+ gives each layer of the generator a w of its own: nearer to the
 image, farther from what the generator would draw.

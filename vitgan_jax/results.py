@@ -50,8 +50,9 @@ _SAME = 0.01  # kimg, and minutes, that differ by less count as equal
 _COLUMNS = ("precision", "recall", "density", "coverage")
 _SIDE = 384  # pixels of a grid on the sheet
 _CLASSES_NOTE = (
-  "`classes` is how many classes of one size would be as even as those of the "
-  "samples, each put where most of its five nearest real images are."
+  "`classes` is the effective number of classes, exp of the entropy of their "
+  "shares: each sample counts for the class most frequent among its five "
+  "nearest real images."
 )
 
 
@@ -339,7 +340,7 @@ def differences(rows):
     row: runs[0].config for row, runs in rows.items() if runs[0].config
   }
   first, *others = configs
-  lines = [f"- `{first}`: the others are told by what they change in this"]
+  lines = [f"- `{first}`: the reference; of others, what differs from it"]
   for row in others:
     changed = [
       f"`{field}={value}`"

@@ -23,18 +23,23 @@ _INITS = {
 }
 
 
-def check_biggan(fields, where):
+def check_biggan(fields, where, resolutions):
   """Checks what both networks' parts of a config have in common.
+
+  Args:
+    fields: of the network.
+    where: see `check_fields`.
+    resolutions: those that self-attention may have, pixels along a side.
 
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
-  check_fields(
-    fields,
-    where,
-    choices={"kernel_init": tuple(_INITS)},
-    not_negative=("attention_resolution",),
-  )
+  check_fields(fields, where, choices={"kernel_init": tuple(_INITS)})
+  if fields.attention_resolution not in (0, *resolutions):
+    raise ConfigError(
+      f"{where}attention_resolution={fields.attention_resolution} must be one "
+      f"of {', '.join(map(str, (0, *resolutions)))}"
+    )
   if not all(isinstance(c, int) and c > 0 for c in fields.channels):
     raise ConfigError(
       f"{where}channels={tuple(fields.channels)} must be positive numbers"
@@ -78,8 +83,8 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
   """Batch norm whose gain and bias are those of a class, if there are any.
 
-  Statistics are those of the whole batch, over all devices. The sampler takes
-  their running means.
+  Statistics are those of the whole batch, or of a micro-batch, over all
+  devices. The sampler takes their running means.
 
   Attributes:
     kernel_init: of the classes' gains, less 1, and biases.
@@ -210,7 +215,8 @@ class Generator(LatentGenerator):
   @staticmethod
   def check(fields, image_size, where):
     """Raises a ConfigError if these fields make no generator."""
-    check_biggan(fields, where)
+    doublings = range(1, len(fields.channels))
+    check_biggan(fields, where, [4 * 2**i for i in doublings])
     check_fields(fields, where, positive=("latent_dim",))
     size = 2 ** (len(fields.channels) + 1)
     if size != image_size:
@@ -307,8 +313,13 @@ class Discriminator(nn.Module):
   @staticmethod
   def check(fields, image_size, where):
     """Raises a ConfigError if these fields make no discriminator."""
-    check_biggan(fields, where)
-    check_fields(fields, where, not_negative=("num_halvings",))
+    if fields.num_halvings not in range(len(fields.channels) + 1):
+      raise ConfigError(
+        f"{where}num_halvings={fields.num_halvings} must be from 0 to "
+        f"{len(fields.channels)}, the number of {where}channels"
+      )
+    halvings = range(1, fields.num_halvings + 1)
+    check_biggan(fields, where, [image_size // 2**i for i in halvings])
     if image_size % 2**fields.num_halvings:
       raise ConfigError(
         f"config.data.image_size={image_size} must be a multiple of "

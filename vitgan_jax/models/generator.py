@@ -96,8 +96,12 @@ class Generator(MappedGenerator):
         "latent_injection": ("sln", "add", "token"),
         "patch_decoder": ("implicit", "implicit_concat", "linear", "conv"),
       },
-      positive=("latent_dim", "mapping_lr_multiplier", "decoder_dim"),
-      not_negative=("mapping_depth",),
+      positive=(
+        "latent_dim",
+        "mapping_depth",
+        "mapping_lr_multiplier",
+        "decoder_dim",
+      ),
     )
     is_power_of_two = fields.patch_size & (fields.patch_size - 1) == 0
     if fields.patch_decoder == "conv" and not is_power_of_two:

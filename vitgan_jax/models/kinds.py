@@ -203,6 +203,7 @@ DISCRIMINATORS = {
     dict(**_GAT, head_dim=2048),  # features before a class comes in
     dict(**_SMALL_GAT, head_dim=64),
     dict(**_TINY_GAT, head_dim=512),
+    of_classes=("head_dim",),
   ),
 }
 

@@ -17,7 +17,7 @@ from vitgan_jax.models.convolutions import (
   draw_noise,
   upsample,
 )
-from vitgan_jax.models.layers import Dense, leaky_relu
+from vitgan_jax.models.layers import Dense, leaky_relu, w_of_layer
 from vitgan_jax.models.mapping import MappedGenerator, MappingNetwork
 from vitgan_jax.partitioning import BATCH_AXES
 
@@ -37,10 +37,8 @@ def check_resolutions(fields, image_size, where, **ranges):
       f"{where}kind={fields.kind!r} doubles from 4 pixels on: config.data."
       f"image_size={image_size} must be a power of two, 8 or more"
     )
-  positive = ("max_channels", "mapping_lr_multiplier")
-  check_fields(
-    fields, where, positive=positive, not_negative=("mapping_depth",)
-  )
+  positive = ("max_channels", "mapping_depth", "mapping_lr_multiplier")
+  check_fields(fields, where, positive=positive)
   check_fields(fields, where, **ranges)
   if fields.base_channels < image_size:
     raise ConfigError(
@@ -149,8 +147,6 @@ class Generator(MappedGenerator):
       keys: [B], of the noise; None adds none.
       train: is not used.
     """
-    if w.ndim == 2:
-      w = jnp.repeat(w[:, None], self.num_styles, axis=1)
     conv = nn.remat(StyledConv) if self.remat else StyledConv
     widths = channels(self.image_size, self.base_channels, self.max_channels)
     shape = (4, 4, widths[4])
@@ -165,9 +161,11 @@ class Generator(MappedGenerator):
         None if is_last else "up",
         self.dtype,
         name=f"conv{i}",
-      )(x, w[:, i], noise[i])
+      )(x, w_of_layer(w, i), noise[i])
       if is_last:
-        rgb = ToRGB(self.dtype, name=f"rgb{resolution}")(x, w[:, i + 1])
+        rgb = ToRGB(self.dtype, name=f"rgb{resolution}")(
+          x, w_of_layer(w, i + 1)
+        )
         rgb = rgb.astype(jnp.float32)
         images = rgb if images is None else upsample(images) + rgb
     return images

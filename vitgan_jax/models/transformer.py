@@ -159,7 +159,7 @@ class MultiHeadAttention(nn.Module):
       layer = TokenConv if self.conv else Dense
       return layer(width, use_bias, gain=gain, name=name, **common)
 
-    qk_gain = self.qk_gain or QK_GAINS.get(self.kind, 1.0)
+    qk_gain = self.qk_gain or QK_GAINS[self.kind]
     # A bias that shifts all keys alike cancels in the softmax: its gradient is
     # rounding noise, which Adam would blow up to steps of full size.
     if self.kind == "l2":

@@ -184,7 +184,8 @@ def check_stages(fields, image_size, where, first_grid):
       raise ConfigError(
         f"{where}depths={tuple(fields.depths)}, of {stages} stages from "
         f"{first_grid} x {first_grid}, makes {size} px, not "
-        f"config.data.image_size={image_size}: give a depth for each doubling"
+        f"config.data.image_size={image_size}: give one depth more than "
+        "doublings"
       )
 
 
@@ -305,6 +306,12 @@ class Discriminator(nn.Module):
         f"{where}width={fields.width} one of 4 times "
         f"{where}num_heads={fields.num_heads}"
       )
+    for grid in (image_size // 2, image_size // 4):
+      if grid > MAX_GRID and grid % WINDOW:
+        raise ConfigError(
+          f"config.data.image_size={image_size} gives {where[:-1]} {grid} x "
+          f"{grid} tokens, which windows of {WINDOW} do not tile"
+        )
 
   @nn.compact
   def __call__(self, images, labels=None, keys=None, train=False):
