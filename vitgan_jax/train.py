@@ -31,6 +31,7 @@ from vitgan_jax.monitor import (
 )
 
 _NUM_LOOKED_AT = 64
+_MAX_LOOKED_AT = 256
 _MAX_REWINDS = 5  # of one process: numbers that go bad more often are no chance
 
 
@@ -42,10 +43,11 @@ def train_and_evaluate(config, workdir):
   """Trains a model, or goes on from the last checkpoint in the workdir.
 
   Writes into the workdir: config.json, classes.json (names of classes, if the
-  networks get them), checkpoints/, samples/*.png, a line of scalars a log in
-  metrics.jsonl, TensorBoard events, a profile if config.profile, and in
-  nonfinite/ the state before a step that could not be taken. With many
-  processes the workdir is one that all of them see.
+  networks get them), checkpoints/, samples/*.png, of which grid.png is the
+  newest, a line of scalars a log in metrics.jsonl, TensorBoard events, with
+  config.evaluation.every_kimg scores.jsonl and best/, a profile if
+  config.profile, and in nonfinite/ the state before a step that could not be
+  taken. With many processes the workdir is one that all of them see.
 
   Args:
     config: of `configs/`.
@@ -101,7 +103,9 @@ def _train(config, workdir, rewinds):
   # What is looked at; without images that are held out, of those trained on.
   looked_at = slice(_NUM_LOOKED_AT)
   if config.data.held_out:
-    looked_at = pipeline.held_out_indices(len(images), config.data.held_out)
+    held_out = pipeline.held_out_indices(len(images), config.data.held_out)
+    # In one batch, which has to fit into a device's memory.
+    looked_at = held_out[:: -(-len(held_out) // _MAX_LOOKED_AT)]
   network = _feature_network(config, images)
   nets, implementations = networks.with_kernels(
     networks.build(config), mesh, config.batch_size, config.accumulation
