@@ -332,6 +332,58 @@ class TwoLevels(nn.Module):
     return jnp.sum(coarse + 2.0 * fine, axis=-1)
 
 
+class Noisy(nn.Module):
+  """A discriminator whose logit is the mean of an image, and a draw.
+
+  One that keeps a count adds what it has counted.
+  """
+
+  keeps: bool = False
+
+  @nn.compact
+  def __call__(self, images, labels, keys, train):
+    logits = jnp.mean(images, axis=(1, 2, 3)) + jax.vmap(jax.random.normal)(
+      keys
+    )
+    if not self.keeps:
+      return logits
+    count = self.variable("spectral", "count", jnp.zeros, ())
+    if self.is_mutable_collection("spectral"):
+      count.value += 1.0
+      return logits
+    return logits + count.value
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_approximate_slope_is_of_one_and_the_same_draw(keeps):
+  """Of others, or of another state, a hundredth would be lost in the noise."""
+  config = tiny.tiny_config(
+    PLAIN
+    | {
+      "loss.r1_gamma": 1.0,
+      "loss.r2_gamma": 1.0,
+      "loss.gradient_penalty": "approximate",
+    }
+  )
+  count = 4096
+  batch = {
+    "images": np.zeros((count, 2, 2, 3), np.uint8),
+    "labels": None,
+    "keys": jax.random.split(jax.random.key(0), count),
+  }
+  kept = {"spectral": {"count": jnp.zeros(())}} if keeps else {}
+  _, (metrics, _) = gan_step.d_loss(
+    {},
+    batch,
+    bare_state().replace(d_model_state=kept),
+    config=config,
+    nets=networks.Networks(Grey(), Noisy(keeps), "xla"),
+  )
+  expected = gan_step.gradient_penalty_every(config) * 0.5 / 12
+  for name in ("r1", "r2"):
+    np.testing.assert_allclose(metrics[f"penalty/{name}"], expected, rtol=0.1)
+
+
 class Scaled(nn.Module):
   """A discriminator whose logit is the mean of an image, times a parameter."""
 

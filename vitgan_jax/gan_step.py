@@ -88,34 +88,37 @@ def d_loss(d_params, batch, state, *, config, nets):
       0.0,
     )
 
-  # Slopes are those at the image itself, through its levels and augmentation.
-  def discriminate(keys, discriminator, images):
+  # Slopes are those at the image itself, through its levels and augmentation,
+  # with the draws inside the discriminator that the image of that place had.
+  def discriminate(place, keys, discriminator, images):
     return _discriminate(
       discriminator,
       {**variables, **model_state},
       [augment(keys, as_shown(images))],
       labels,
       d_keys,
+      place=place,
     )[0][0]
 
-  for name, images, augment_keys in (
-    ("r1", real_images, real_keys),
-    ("r2", fake_levels, fake_keys),
+  for place, (name, images, augment_keys) in enumerate(
+    (("r1", real_images, real_keys), ("r2", fake_levels, fake_keys))
   ):
     if config.loss[f"{name}_gamma"]:
       penalties[name] = _gradient_penalty(
         config,
         state.step,
         nets.discriminator,
-        functools.partial(discriminate, augment_keys),
+        functools.partial(discriminate, place, augment_keys),
         images,
+        # A discriminator that keeps nothing would give them again.
+        None if model_state else logits[place],
         noise_keys,
       )
   if config.loss.gp_weight:
     share_keys, augment_keys = split_keys(noise_keys, 2)
     penalties["gp"] = losses.interpolate_penalty(
       functools.partial(
-        discriminate, augment_keys, networks.plain(nets.discriminator)
+        discriminate, 0, augment_keys, networks.plain(nets.discriminator)
       ),
       real_levels,
       fake_levels,
@@ -421,7 +424,9 @@ def _run(network, variables, inputs, labels, keys, update=False):
   return outputs, {**model_state, **updates} if update else model_state
 
 
-def _discriminate(discriminator, variables, images, labels, keys, update=False):
+def _discriminate(
+  discriminator, variables, images, labels, keys, update=False, place=0
+):
   """Discriminates several batches of images in one call.
 
   Args:
@@ -431,6 +436,7 @@ def _discriminate(discriminator, variables, images, labels, keys, update=False):
     labels: [B] or None, the same for each of them.
     keys: [B].
     update: see `_run`.
+    place: of the first array; what is drawn inside depends on it.
 
   Returns:
     (k logits [B], model_state).
@@ -443,7 +449,7 @@ def _discriminate(discriminator, variables, images, labels, keys, update=False):
     variables,
     jnp.concatenate(images),
     labels,
-    split_keys(keys, count).reshape(-1),
+    split_keys(keys, place + count)[place:].reshape(-1),
     update,
   )
   return jnp.split(logits, count), model_state
@@ -455,7 +461,9 @@ def gradient_penalty_every(config):
   return config.loss.gradient_penalty_every or default
 
 
-def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
+def _gradient_penalty(
+  config, step, discriminator, discriminate, images, logits, keys
+):
   """Returns the gradient penalty of every k-th step, k times as strong.
 
   Args:
@@ -464,6 +472,7 @@ def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
     discriminator: Linen module.
     discriminate: (discriminator, images) to logits.
     images: [B, S, S, 3], where the slope is taken.
+    logits: [B], what they are discriminated as, or None where not known.
     keys: [B], of the noise of the approximate one.
   """
   every = gradient_penalty_every(config)
@@ -477,10 +486,10 @@ def _gradient_penalty(config, step, discriminator, discriminate, images, keys):
 
   def approximate(images):
     draw = functools.partial(jax.random.normal, shape=images.shape[1:])
+    apply = functools.partial(discriminate, discriminator)
+    known = apply(images) if logits is None else logits
     return losses.approximate_gradient_penalty(
-      functools.partial(discriminate, discriminator),
-      images,
-      jax.vmap(draw)(keys),
+      apply, images, known, jax.vmap(draw)(keys)
     )
 
   penalty = {"exact": exact, "approximate": approximate}
