@@ -422,16 +422,16 @@ def test_drift_is_of_the_images_of_all_devices():
     PLAIN | {"loss.adversarial": "hinge", "loss.drift_weight": 3.0}
   )
   images = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8)
-  gradients, (metrics, _) = partitioning.gradient(
-    functools.partial(
-      gan_step.d_loss,
-      config=config,
-      nets=networks.Networks(Grey(), Scaled(), "xla"),
-    ),
+  nets = networks.Networks(Grey(), Scaled(), "xla")
+  gradient = functools.partial(
+    partitioning.gradient,
+    functools.partial(gan_step.d_loss, config=config, nets=nets),
+    mesh=partitioning.create_mesh(jax.devices()[:4]),
+  )
+  gradients, (metrics, _) = jax.jit(gradient)(
     {"scale": jnp.ones(())},
     {"images": images, "labels": None, "keys": KEYS},
     bare_state(),
-    mesh=partitioning.create_mesh(jax.devices()[:4]),
   )
   mean = np.mean(images / 127.5 - 1.0)
   np.testing.assert_allclose(metrics["penalty/drift"], mean**2, rtol=1e-4)
