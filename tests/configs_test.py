@@ -133,12 +133,12 @@ GOLDEN = {
     "scores/real": 0.3716674,
   },
   "gat_cifar10": {
-    "loss/d": 1.048531,
-    "loss/g": 0.9181136,
-    "penalty/r1": 0.334931,
-    "penalty/r2": 0.01775658,
-    "scores/fake": 0.6265568,
-    "scores/real": 0.2937754,
+    "loss/d": 1.143349,
+    "loss/g": 2.134109,
+    "penalty/r1": 0.2228374,
+    "penalty/r2": 0.07178172,
+    "scores/fake": 1.126164,
+    "scores/real": 0.5712483,
   },
   "ffhq256": {
     "loss/d": 1.367932,
@@ -148,20 +148,20 @@ GOLDEN = {
     "scores/real": 0.2756569,
   },
   "gat_ffhq128": {
-    "loss/d": 0.8524416,
-    "loss/g": 0.8308691,
-    "penalty/r1": 0.06985527,
-    "penalty/r2": 0.02461244,
-    "scores/fake": 0.7035567,
-    "scores/real": 0.5140227,
+    "loss/d": 0.8062086,
+    "loss/g": 1.362949,
+    "penalty/r1": 0.01941154,
+    "penalty/r2": 0.01103419,
+    "scores/fake": 0.6884646,
+    "scores/real": 0.566828,
   },
   "gat_ffhq256": {
-    "loss/d": 0.9185494,
-    "loss/g": 1.015035,
-    "penalty/r1": 0.009149331,
-    "penalty/r2": 0.005361215,
-    "scores/fake": 0.7249073,
-    "scores/real": 0.6578249,
+    "loss/d": 0.7341765,
+    "loss/g": 1.562487,
+    "penalty/r1": 0.02418688,
+    "penalty/r2": 0.007399303,
+    "scores/fake": 1.019961,
+    "scores/real": 1.197715,
   },
   "celeba64": {
     "loss/d": 1.311621,
@@ -184,11 +184,11 @@ GOLDEN = {
     "scores/real": -5.197183,
   },
   "cifar10_cond": {
-    "loss/d": 1.470106,
-    "loss/g": 0.6051959,
-    "penalty/bcr": 0.06498437,
-    "scores/fake": 0.3485364,
-    "scores/real": 0.2316632,
+    "loss/d": 1.451153,
+    "loss/g": 0.8568896,
+    "penalty/bcr": 0.329823,
+    "scores/fake": -0.08440155,
+    "scores/real": -0.0411009,
   },
   "cifar16": {
     "loss/d": 1.519074,
@@ -205,11 +205,11 @@ GOLDEN = {
     "scores/real": 0.02538721,
   },
   "imagenet64": {
-    "loss/d": 1.30616,
-    "loss/g": 0.7152042,
-    "penalty/bcr": 0.06111551,
-    "scores/fake": 0.04366149,
-    "scores/real": 0.2274254,
+    "loss/d": 1.365953,
+    "loss/g": 0.8505901,
+    "penalty/bcr": 0.1693403,
+    "scores/fake": -0.3362471,
+    "scores/real": -0.09487934,
   },
   "hybrid_cifar10": {
     "loss/d": 1.560956,
@@ -414,7 +414,7 @@ def test_other_kinds_of_networks_are_taken_or_refused_in_a_line(module):
         with contextlib.suppress(ConfigError):
           config_lib.validate(config)
           taken += 1
-  assert taken > 20
+  assert taken > 10  # path length is for StyleGAN2 alone
 
 
 def test_rate_of_gat_is_that_of_its_width():
