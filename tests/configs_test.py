@@ -184,11 +184,11 @@ GOLDEN = {
     "scores/real": -5.197183,
   },
   "cifar10_cond": {
-    "loss/d": 1.451153,
-    "loss/g": 0.8568896,
-    "penalty/bcr": 0.329823,
-    "scores/fake": -0.08440155,
-    "scores/real": -0.0411009,
+    "loss/d": 1.464341,
+    "loss/g": 0.6141058,
+    "penalty/bcr": 0.07023879,
+    "scores/fake": 0.328314,
+    "scores/real": 0.2189226,
   },
   "cifar16": {
     "loss/d": 1.519074,
@@ -205,11 +205,11 @@ GOLDEN = {
     "scores/real": 0.02538721,
   },
   "imagenet64": {
-    "loss/d": 1.365953,
-    "loss/g": 0.8505901,
-    "penalty/bcr": 0.1693403,
-    "scores/fake": -0.3362471,
-    "scores/real": -0.09487934,
+    "loss/d": 1.30182,
+    "loss/g": 0.7222967,
+    "penalty/bcr": 0.06434453,
+    "scores/fake": 0.007592688,
+    "scores/real": 0.1968256,
   },
   "hybrid_cifar10": {
     "loss/d": 1.560956,

@@ -108,7 +108,7 @@ def test_discriminator_matches_its_parts(overlap, labels, pooling):
     y = dense(params["head_out"], gelu(dense(params["head_in"], token)))
     of_tokens.append(y[:, 0])
     if labels is not None:
-      embedding = params["class_embedding"]["kernel"][labels]
+      embedding = 0.1 * params["class_embedding"]["kernel"][labels]
       of_tokens[-1] += np.sum(embedding * token, axis=-1) / np.sqrt(16)
   expected = np.mean(of_tokens, axis=0)
   logits = jax.jit(discriminator.apply)(variables, images, labels)
@@ -116,7 +116,7 @@ def test_discriminator_matches_its_parts(overlap, labels, pooling):
 
 
 @pytest.mark.parametrize("num_classes", [10, 1000])
-def test_class_moves_the_logit_by_about_1_from_the_start(num_classes):
+def test_class_moves_the_logit_by_about_a_tenth_from_the_start(num_classes):
   """The improved spectral norm keeps the scale that the init has."""
   discriminator = make_discriminator(**SMALL, num_classes=num_classes)
   labels = np.arange(num_classes)
@@ -124,7 +124,7 @@ def test_class_moves_the_logit_by_about_1_from_the_start(num_classes):
   logits, _ = jax.jit(discriminator.init_with_output)(
     jax.random.key(0), images, labels
   )
-  assert 0.5 < np.std(logits) < 2.0
+  assert 0.05 < np.std(logits) < 0.2
 
 
 @pytest.mark.parametrize("spectral_norm", ["isn", "sn", "none"])

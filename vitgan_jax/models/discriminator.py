@@ -153,7 +153,9 @@ class Discriminator(nn.Module):
       embedding = Dense(
         self.width,
         use_bias=False,
-        gain=self.num_classes**0.5,  # numbers of variance 1: one row is taken
+        # Of which one row is taken: numbers of deviation 0.1, however many
+        # classes. That is as large as logits are; ISN keeps the scale.
+        gain=0.1 * self.num_classes**0.5,
         name="class_embedding",
         **common,
       )(jax.nn.one_hot(labels, self.num_classes))
