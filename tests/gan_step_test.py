@@ -946,9 +946,15 @@ def test_shared_state_and_remat_leave_the_steps_as_they_are(monkeypatch):
     state_of("default"),
     train_state.init_train_state(config, nets, mesh),
   )
-  # u and sigma_init are computed, in another order of sums.
+  # Drawn alike, but for the last bits, which a program of another layout rounds
+  # otherwise; u and sigma_init are computed, in another order of sums.
   for network in ("g_params", "d_params"):
-    tiny.assert_bit_equal(getattr(state, network), getattr(plain, network))
+    new, old = (
+      tiny.leaves_by_name(tiny.to_host(getattr(x, network)))
+      for x in (state, plain)
+    )
+    for name, leaf in old.items():
+      np.testing.assert_array_max_ulp(new[name], leaf, 8)
   after = train_steps(8, fsdp=4, remat=True)(state, BATCHES[0])
   old, new = tiny.leaves_by_name(state), tiny.leaves_by_name(after[0])
   for name in ("g_params", "g_ema_params", "g_opt_state/0/nu", "d_params"):
