@@ -217,7 +217,7 @@ def test_effective_classes_are_those_of_one_size_with_the_same_entropy(
   assert table.pop("columns")[-1] == "classes"
   found = {row: cells[-1] for row, cells in table.items()}
   assert found == {"even": "4.0", "two": "2.0", "one": "1.0", "without": ""}
-  assert "`classes` is how many" in text
+  assert "`classes` is the effective number" in text
 
 
 def test_what_others_publish_stands_by_itself(tmp_path):
