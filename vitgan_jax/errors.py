@@ -33,8 +33,8 @@ def storage_errors():
 
   A gs:// path is TensorFlow's, whose errors are no OSError.
   """
-  tensorflow = sys.modules.get("tensorflow")
-  return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+  errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+  return (OSError, errors.OpError) if errors else (OSError,)
 
 
 def storage_fault(error):
