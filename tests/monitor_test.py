@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -216,6 +217,7 @@ def test_fault_of_a_bucket_ends_no_run(tmp_path, monkeypatch, capsys):
   def fail(*unused_args):
     raise OpError("no such bucket\nand a long trace")
 
+  monkeypatch.setattr(monitor, "EventWriter", mock.Mock())
   monkeypatch.setattr(files, "append_record", fail)
   with monitor.MetricWriter(tmp_path) as writer:
     writer.write(2, {"loss/d": 0.5})
