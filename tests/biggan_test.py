@@ -228,3 +228,9 @@ def test_what_cannot_be_is_refused(changes, message):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ConfigError, match=message):
     networks.check(config)
+
+
+def test_images_that_cannot_be_halved_as_often_are_refused():
+  fields = biggan_cifar10.get_config("smoke").discriminator
+  with pytest.raises(ConfigError, match="must be a multiple of 4"):
+    biggan.Discriminator.check(fields, 34, "config.discriminator.")

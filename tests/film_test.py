@@ -106,7 +106,7 @@ def test_latents_are_drawn_as_samples_are(painter, digits_run):
   mean = sample.mean_w(networks.build(digits_run.config), variables)
 
   def expected(z):
-    w = generator.apply(variables, z, None, method=_mapping)
+    w = generator.apply(variables, z, None, method=sample.mapping)
     w = 0.7 * w + 0.3 * mean
     images = generator.apply(variables, w, method="synthesize")
     return np.clip(np.asarray(images) * 127.5 + 127.5, 0, 255)
@@ -114,10 +114,6 @@ def test_latents_are_drawn_as_samples_are(painter, digits_run):
   for frame, z in zip(frames, latents, strict=True):
     found = cells(frame, 2, 3).reshape(6, 16, 16, 3)
     assert np.abs(found - expected(z)).max() <= 1
-
-
-def _mapping(generator, latents, labels):
-  return generator.mapping(latents, labels)
 
 
 def test_a_walk_ends_where_it_began(painter):

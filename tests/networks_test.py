@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10, digits, folder
-from vitgan_jax import partitioning
+from vitgan_jax import partitioning, sample
 from vitgan_jax.errors import ConfigError
 from vitgan_jax.models import kinds, networks
 
@@ -163,7 +163,7 @@ def test_each_layer_takes_a_w_of_its_own(kind, num_styles):
   variables = tree.unflatten(  # of which some are zero at first
     x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)
   )
-  w = generator.apply(variables, z, None, method=_mapping)
+  w = generator.apply(variables, z, None, method=sample.mapping)
 
   @jax.jit
   def slopes(w):
@@ -181,7 +181,3 @@ def test_each_layer_takes_a_w_of_its_own(kind, num_styles):
     of_each.sum(axis=1), of_all, rtol=2e-3, atol=1e-4 * np.abs(of_all).max()
   )
   assert np.abs(of_each).max(axis=-1).min() > 1e-4 * np.abs(of_all).max()
-
-
-def _mapping(generator, latents, labels):
-  return generator.mapping(latents, labels)

@@ -180,7 +180,10 @@ def test_step_takes_four_of_the_discriminator_with_its_penalties():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"data.image_size": 64}, "makes 32 px, .* one depth more than doublings"),
+    (
+      {"data.image_size": 64},
+      "of 3 stages from 8 x 8, makes 32 px, .* one depth more than doublings",
+    ),
     ({"generator.depths": (1, 0, 1)}, r"depths=\(1, 0, 1\) must be positive"),
     ({"generator.width": 40}, "multiple of 16 times .*num_heads=2"),
     ({"discriminator.depths": (1, 1)}, "must be three"),

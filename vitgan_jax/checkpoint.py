@@ -16,7 +16,12 @@ import orbax.checkpoint as ocp
 
 from vitgan_jax import compilation, files, partitioning, processes
 from vitgan_jax import config as config_lib
-from vitgan_jax.errors import ConfigError, DamagedError, lasting_fault
+from vitgan_jax.errors import (
+  ConfigError,
+  DamagedError,
+  lasting_fault,
+  storage_fault,
+)
 from vitgan_jax.models import networks
 from vitgan_jax.train_state import state_shapes
 
@@ -163,21 +168,17 @@ def _write_checksums(manager):
     files.write_checksums(folder, paths)
 
 
-def steps_of(workdir):
-  """Returns the steps of a workdir's checkpoints, damaged ones among them."""
-  names = [path.name for path in _directory(workdir).glob("*")]
-  return {int(name) for name in names if name.isdigit()}
-
-
 def has_any(workdir):
   """Tells, in all processes, whether a workdir has a checkpoint."""
-  return processes.broadcast_from_first(bool(steps_of(workdir)))
+  found = bool(files.numbers_in(_directory(workdir)))
+  return processes.broadcast_from_first(found)
 
 
 def whole_steps(workdir):
   """Returns the steps of a workdir's checkpoints that have no fault."""
   directory = _directory(workdir)
-  return {x for x in steps_of(workdir) if not _fault(directory / str(x))}
+  steps = files.numbers_in(directory)
+  return {step for step in steps if not _fault(directory / str(step))}
 
 
 def _fault(folder):
@@ -189,7 +190,7 @@ def _fault(folder):
     if not (folder / files.CHECKSUMS).exists():
       return None if (folder / "state").is_dir() else "it has no state"
   except OSError as error:
-    return f"it cannot be read: {error.strerror or error}"
+    return f"it cannot be read: {storage_fault(error)}"
   return files.fault_of(folder)
 
 

@@ -74,7 +74,7 @@ def fault_of(folder):
   except FileNotFoundError:
     return f"{name} is missing"
   except OSError as error:
-    return f"it cannot be read: {error.strerror or error}"
+    return f"it cannot be read: {storage_fault(error)}"
   except (AttributeError, ValueError):
     return f"{CHECKSUMS} is not what was written"
   return None
@@ -214,6 +214,15 @@ def whole(path):
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def numbers_in(folder):
+  """Returns the names in a folder that are numbers, as those of steps: a set.
+
+  A folder that is not there has none.
+  """
+  names = [path.name for path in epath.Path(folder).glob("*")]
+  return {int(name) for name in names if name.isdigit()}
 
 
 def parse_json(text, **options):

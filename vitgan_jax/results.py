@@ -139,8 +139,9 @@ def find_runs(folders, names=()):
   for folder in folders:
     folder = files.local(folder, "FOLDER").resolve()  # "." has no name
     # A run's own folders, as `best`, are none.
-    inner = [x for x in folder.glob("*") if _is_run(x)]
-    inner = [folder] if _is_run(folder) else inner
+    inner = [folder]
+    if not _is_run(folder):
+      inner = [x for x in folder.glob("*") if _is_run(x)]
     if not inner:
       raise ConfigError(
         f"{folder} is no workdir, and has none in it: there is no config.json. "

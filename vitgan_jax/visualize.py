@@ -215,13 +215,11 @@ def draw(workdir, output=None):
     ConfigError: if the folder is not a workdir, has nothing to draw, or the
       other cannot be written.
   """
-  from vitgan_jax import checkpoint  # late, for the same reason
-
   config_lib.load(workdir)  # before a folder is made
   folder = epath.Path(output or workdir)
   files.check_writable(folder, "--output", "; give another --output")
   curves = draw_curves(workdir, folder)
-  if checkpoint.steps_of(workdir):
+  if files.numbers_in(epath.Path(workdir) / "checkpoints"):
     return [curves] * bool(curves) + draw_discriminator(workdir, folder)
   if not curves:
     raise ConfigError(

@@ -26,7 +26,7 @@ from vitgan_jax import config as config_lib
 from vitgan_jax.data import archives, decode, shards, sources
 from vitgan_jax.data.paths import data_dir
 from vitgan_jax.data.source import count
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, storage_fault
 
 # A shard is what a kill may lose. A reader keeps all of them open, and may have
 # 1,024 files open on most systems.
@@ -137,8 +137,8 @@ def prepare(data):
   except OSError as error:
     raise ConfigError(
       f"cannot prepare {data.dataset} in {path.parent}: "
-      f"{error.strerror or error}. Make "
-      "room, or give another disk as config.data.data_dir; what is done is kept"
+      f"{storage_fault(error)}. Make room, or give another disk as "
+      "config.data.data_dir; what is done is kept"
     ) from error
   return path
 
