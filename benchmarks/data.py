@@ -6,6 +6,7 @@ Both sides then give shuffled batches of 128; tf.data with its shuffle buffer of
 """
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import tempfile
 import time
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 
+from configs import common
 from vitgan_jax import partitioning
 from vitgan_jax.data import pipeline, shards
 
@@ -36,7 +37,7 @@ import sys, pathlib
 from vitgan_jax.data import pipeline
 images = pipeline.PreparedImages(pathlib.Path(sys.argv[1]))
 stream = pipeline.ShuffledBatches(images, 128, 0)
-for step in range(200):
+for step in range(int(sys.argv[2])):
   stream[step]
 # Of this process's own memory: ru_maxrss would count its parent's, too.
 print([l.split()[1] for l in open("/proc/self/status") if "VmHWM" in l][0])
@@ -59,15 +60,9 @@ def run(seconds):
 
 def _measure(folder, size, seconds):
   builder = _write_dataset(folder, size)
-  data = ml_collections.ConfigDict(
-    {
-      "dataset": f"benchmark_images/{size}",
-      "path": "",
-      "split": "train",
-      "image_size": size,
-      "crop": (),
-      "data_dir": folder,
-    }
+  data = common.get_config().data
+  data.update(
+    dataset=f"benchmark_images/{size}", image_size=size, data_dir=folder
   )
   images = pipeline.load_images(data)
   batches = pipeline.ShuffledBatches(images, _BATCH_SIZE, seed=0)
@@ -168,24 +163,42 @@ def _first_batch(path):
 def _memory(folder):
   """Returns the peak of a process that reads from 3 million images, in MB.
 
-  They are sparse files, zeros that take no room on the disk; 25,600 of them
-  are read. To a process, they are as any others.
+  25,600 of them are read.
   """
-  num_shards, count, size = 256, 11_719, 64
   path = folder / "sparse"
+  write_sparse(path, num_shards=256, shape=(11_719, 64, 64, 3))
+  return round(peak_megabytes(path, num_batches=200))
+
+
+def write_sparse(path, num_shards, shape):
+  """Writes a prepared folder of images that take no room on the disk.
+
+  Its shards are sparse files, all zeros. To a process, they are as any others.
+
+  Args:
+    path: of the folder.
+    num_shards: how many.
+    shape: of each, (n, S, S, 3).
+  """
   path.mkdir()
-  records = []
+  card = dict.fromkeys(("dataset", "source", "licence", "split", "filter"), "")
+  card |= {"image_size": shape[1], "num_images": num_shards * shape[0]}
+  card |= {"shards": [], "skipped": []}
   for k in range(num_shards):
-    records.append({"file": f"{k}.npy", "num_images": count, "sha256": ""})
-    with open(path / f"{k}.npy", "wb") as file:
-      shards.write_header(file, (count, size, size, 3))
-      file.truncate(file.tell() + count * size * size * 3)
-  card = {"image_size": size, "shards": records}
+    shard = {"file": f"{k}.npy", "num_images": shape[0], "sha256": ""}
+    card["shards"].append(shard)
+    with open(path / shard["file"], "wb") as file:
+      shards.write_header(file, shape)
+      file.truncate(file.tell() + math.prod(shape))
   (path / "card.json").write_text(json.dumps(card))
+
+
+def peak_megabytes(path, num_batches):
+  """Returns the peak of a process that reads batches of prepared images."""
   output = subprocess.run(
-    [sys.executable, "-c", _MEMORY, path],
+    [sys.executable, "-c", _MEMORY, path, str(num_batches)],
     check=True,
     capture_output=True,
     text=True,
   ).stdout
-  return round(int(output) / 1024)
+  return int(output) / 1024

@@ -8,17 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import data as benchmark
 from configs import digits
 from tests import datasets, runs
 from tests.datasets import data_config, encode, noise
 from vitgan_jax.data import pipeline, prepare
 from vitgan_jax.errors import ConfigError
-
-CARD = {
-  **dict.fromkeys(("dataset", "source", "licence", "split", "filter"), "x"),
-  "num_images": 0,
-  "skipped": [],
-}
 
 
 @pytest.fixture(scope="module")
@@ -81,45 +76,11 @@ def test_giving_pages_back_changes_nothing(
     assert images._bytes_read == 0
 
 
-def resident_megabytes(program, *arguments):
-  output = subprocess.run(
-    [sys.executable, "-c", program, *map(str, arguments)],
-    cwd=runs.ROOT,
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout
-  return float(output)
-
-
 def test_memory_stays_bounded_while_reading(tmp_path):
-  # Sparse files: 600 MB of zeros that take no room on disk.
-  shape = (12_500, 64, 64, 3)
-  shards = []
-  for k in range(4):
-    name = f"images-{k:05d}.npy"
-    with open(tmp_path / name, "wb") as file:
-      np.lib.format.write_array_header_1_0(
-        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-      )
-      file.truncate(file.tell() + int(np.prod(shape)))
-    shards.append({"file": name, "num_images": shape[0], "sha256": ""})
-  (tmp_path / "card.json").write_text(
-    json.dumps(CARD | {"image_size": 64, "shards": shards})
-  )
-  program = """
-import pathlib, sys
-from vitgan_jax.data import pipeline
-images = pipeline.PreparedImages(pathlib.Path(sys.argv[1]))
-stream = pipeline.ShuffledBatches(images, 128, 0)
-for step in range(int(sys.argv[2])):
-  stream[step]
-for line in open("/proc/self/status"):
-  if line.startswith("VmHWM"):
-    print(int(line.split()[1]) / 1024)
-"""
-  few = resident_megabytes(program, tmp_path, 1)
-  many = resident_megabytes(program, tmp_path, 390)  # all of the 600 MB
+  folder = tmp_path / "x"
+  benchmark.write_sparse(folder, num_shards=4, shape=(12_500, 64, 64, 3))
+  few = benchmark.peak_megabytes(folder, 1)
+  many = benchmark.peak_megabytes(folder, 390)  # all of the 600 MB
   assert many - few < 300
 
 
