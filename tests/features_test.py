@@ -37,7 +37,9 @@ def test_every_image_is_seen_once_in_the_order_that_is_told(
 ):
   monkeypatch.setattr(features, "BATCH_SIZE", 2)
   images = noise(num_images, 8, 8, 3)
-  result = features.concatenate(features.of_images(extractor(8), images, count))
+  result = features.concatenate(
+    features.of_images(extractor(8), images, count, "real")
+  )
   order = features.order(images, count)
   assert len(set(order.tolist())) == count
   np.testing.assert_allclose(

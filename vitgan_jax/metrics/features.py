@@ -5,8 +5,9 @@ import math
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
+from tqdm import tqdm
 
-from vitgan_jax import partitioning
+from vitgan_jax import partitioning, processes
 from vitgan_jax.data import pipeline
 from vitgan_jax.errors import ConfigError
 from vitgan_jax.metrics import efficientnet, inception
@@ -88,13 +89,14 @@ class Extractor:
     return Features(*map(np.asarray, self._extract(self._params, images)))
 
 
-def of_images(extractor, images, count):
+def of_images(extractor, images, count, kind):
   """Yields `Features` of `count` images in a random order, each once.
 
   Args:
     extractor: an Extractor.
     images: PreparedImages, or uint8 [N, H, W, 3]; N >= count.
     count: how many.
+    kind: "real" or "generated", for the progress.
   """
   stream = pipeline.ShuffledBatches(
     images,
@@ -108,9 +110,17 @@ def of_images(extractor, images, count):
     return partitioning.global_batch(extractor.mesh, stream[step])
 
   steps = range(-(-count // extractor.batch_size))
-  for step, batch in zip(steps, pipeline.prefetch(load, steps)):
-    left = count - step * extractor.batch_size
-    yield Features(*(x[:left] for x in extractor(batch)))
+  with tqdm(
+    total=count,
+    desc=f"Features of the {kind} images",
+    unit=" images",
+    disable=not processes.is_primary(),
+  ) as progress:
+    for step, batch in zip(steps, pipeline.prefetch(load, steps)):
+      left = count - step * extractor.batch_size
+      result = Features(*(x[:left] for x in extractor(batch)))
+      yield result
+      progress.update(len(result.features))
 
 
 def order(images, count):

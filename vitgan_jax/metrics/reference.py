@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from vitgan_jax import files, processes
 from vitgan_jax.metrics import features as features_lib
@@ -59,22 +58,15 @@ def load(extractor, images, count):
 
 def compute(extractor, images, count):
   """Returns the Reference of images, [N, S, S, 3] or PreparedImages."""
-  kept, num_kept = [], 0
+  kept = []
 
   def features():
-    nonlocal num_kept
-    with tqdm(
-      total=len(images),
-      desc="Features of the real images",
-      unit=" images",
-      disable=not processes.is_primary(),
-    ) as progress:
-      for batch in features_lib.of_images(extractor, images, len(images)):
-        if num_kept < count:
-          kept.append(batch.features[: count - num_kept])
-          num_kept += len(kept[-1])
-        yield batch.features
-        progress.update(len(batch.features))
+    left = count
+    for batch in features_lib.of_images(extractor, images, len(images), "real"):
+      if left:
+        kept.append(batch.features[:left])
+        left -= len(kept[-1])
+      yield batch.features
 
   moments = statistics.from_batches(_thousands(features()))
   indices = features_lib.order(images, count)

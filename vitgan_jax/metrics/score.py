@@ -149,13 +149,9 @@ def score(real, fake, network):
   if not moments_of_real:
     real = reference.compute(extractor, real, len(real))
   if not moments_of_fake:
-    progress = tqdm(
-      features.of_images(extractor, fake, len(fake)),
-      "Features of the generated images",
-      total=-(-len(fake) // extractor.batch_size),
-      unit=" batches",
+    fake = features.concatenate(
+      features.of_images(extractor, fake, len(fake), "generated")
     )
-    fake = features.concatenate(progress)
   if moments_of_real:
     count, fake = len(fake.features), statistics.from_features(fake.features)
   elif moments_of_fake:
