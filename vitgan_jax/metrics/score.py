@@ -50,29 +50,27 @@ def load_images(path):
     if kind not in ("hidden", "grid of samples") and names:
       first = archives.shown(names[0])
       files.tell(f"Not used of {path}: {len(names):,} {kind} ({first}, ...)")
-  images, first, count = None, None, 0
-  for i, name in enumerate(tqdm(archive.names, f"Reading {path}")):
-    if archives.shown(name).rpartition("/")[2] == "grid.png":
-      continue  # of `--mode=sample`, without its samples
+  names = [archives.shown(name) for name in archive.names]
+  # A grid.png is of `--mode=sample`, without its samples.
+  used = [i for i, x in enumerate(names) if x.rpartition("/")[2] != "grid.png"]
+  if not used:
+    raise ConfigError(f"no images in {path}, beside grid.png")
+  images = None
+  for row, i in enumerate(tqdm(used, f"Reading {path}")):
     try:
       image = np.asarray(decode.decode(archive.read(i)))
     except Exception as error:  # Pillow raises many kinds for a damaged one
-      name = archives.shown(name)
-      raise ConfigError(f"{path}: {name} is no image: {error}") from error
+      raise ConfigError(f"{path}: {names[i]} is no image: {error}") from error
     if images is None:
-      images = np.empty((len(archive.names), *image.shape), np.uint8)
-      first = name
+      images = np.empty((len(used), *image.shape), np.uint8)
     if image.shape != images.shape[1:]:
       raise ConfigError(
-        f"{path} has images of several sizes: {first} has "
-        f"{images.shape[2]} x {images.shape[1]} pixels, {name} "
+        f"{path} has images of several sizes: {names[used[0]]} has "
+        f"{images.shape[2]} x {images.shape[1]} pixels, {names[i]} "
         f"{image.shape[1]} x {image.shape[0]}; bring them to one size first"
       )
-    images[count] = image
-    count += 1
-  if not count:
-    raise ConfigError(f"no images in {path}, beside grid.png")
-  return images[:count]
+    images[row] = image
+  return images
 
 
 def _has_arrays(path):
