@@ -371,7 +371,7 @@ def _read_zip_of_lmdb(folder, content):
   data = datasets.data_config(
     folder / "data", "lsun/bedroom", path=str(folder / "x.zip")
   )
-  source = lsun.open_category(data, "bedroom")
+  source = lsun.open_category(data)
   for _ in source.read("train", 0, source.sizes["train"]):
     pass
 

@@ -26,14 +26,15 @@ _OBJECTS = (
 ).split()
 
 
-def open_category(data, category):
-  """Returns the Source of one category, from its LMDBs or the zips of them.
+def open_category(data):
+  """Returns the Source of data.dataset, as lsun/bedroom, from LMDBs or zips.
 
   They are at data.path, or where TFDS keeps downloads, or are downloaded.
 
   Raises:
     ConfigError: if there is no such category, or it cannot be had.
   """
+  category = data.dataset.removeprefix("lsun/")
   if category in _SCENES:
     names = {
       "train": f"scenes/{category}_train_lmdb",

@@ -26,9 +26,9 @@ def open_source(data):
   Raises:
     ConfigError: if there is no such dataset, or it cannot be had.
   """
-  name, _, variant = data.dataset.partition("/")
+  name = data.dataset.split("/")[0]
   if name in _IN_PLACE:
-    return _IN_PLACE[name](data, variant)
+    return _IN_PLACE[name](data)
   if data.path:
     raise ConfigError(
       f"config.data.path={data.path!r} is for the datasets "
@@ -39,7 +39,7 @@ def open_source(data):
   return _of_tfds(data)
 
 
-def _folder(data, unused_variant):
+def _folder(data):
   if not data.path:
     raise ConfigError(
       "config.data.path is empty: give the folder or zip of your images, as "
@@ -69,7 +69,7 @@ def _spread_over_classes(labels):
   return np.argsort(shares, kind="stable")
 
 
-def _ffhq(data, unused_variant):
+def _ffhq(data):
   if not data.path:
     raise ConfigError(
       "config.data.path is empty: download the PNGs of FFHQ, of 1024 or 128 "
@@ -86,7 +86,7 @@ def _ffhq(data, unused_variant):
   )
 
 
-def _celeba(data, unused_variant):
+def _celeba(data):
   """Returns CelebA of a lone zip if there is one, else of TFDS."""
   if data.path or celeba.zip_path(data).exists():
     return celeba.open_zip(data)
