@@ -38,7 +38,7 @@ _FLAGS = {
   "tpu": ("config", "topology", "batch_per_chip"),
   "cost": ("config", "topology", "batch_per_chip"),
 }
-_NEEDS_CONFIG = ("train", "sample", "tpu", "cost")
+_NEEDS_CONFIG = [name for name, needed in _FLAGS.items() if "config" in needed]
 # Read when JAX or libtpu is loaded. Without them libtpu asks the network for
 # its machine, and keeps every other process from loading it.
 _COMPILER_ONLY = {
