@@ -38,6 +38,32 @@ def inception(path):
   )
 
 
+def scores(real, fake, logits):
+  """Returns all metrics that it has, a dict; logits in the order given.
+
+  Args:
+    real: features [N, F], as the others of numpy or torch.
+    fake: features [M, F].
+    logits: [M, C], of the generated images.
+  """
+  import torch
+
+  real, fake, logits = map(torch.as_tensor, (real, fake, logits))
+  fid = load("metric_fid")
+  return {
+    **fid.fid_statistics_to_metric(
+      fid.fid_features_to_statistics(real),
+      fid.fid_features_to_statistics(fake),
+      verbose=False,
+    ),
+    **load("metric_kid").kid_features_to_metric(fake, real, verbose=False),
+    **load("metric_isc").isc_features_to_metric(logits, shuffle=False),
+    **load("metric_prc").prc_features_to_metric(
+      fake.double(), real.double(), verbose=False
+    ),
+  }
+
+
 def write_random_inception(path, legacy=False):
   """Writes weights that neither blow up nor extinguish the activations.
 

@@ -16,6 +16,7 @@ except ImportError:
 
 load = fidelity.load
 inception = fidelity.inception
+scores = fidelity.scores
 write_random_inception = fidelity.write_random_inception
 
 

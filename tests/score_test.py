@@ -260,23 +260,7 @@ def test_all_metrics_of_images_agree_with_torch_fidelity(tmp_path):
   order = features.order(fake, len(fake))
   fake_features, fake_logits = (x[order] for x in theirs_of(fake))
   real_features = real_features[features.order(real, len(real))]
-  metric_fid = fidelity.load("metric_fid")
-  theirs = {
-    **metric_fid.fid_statistics_to_metric(
-      metric_fid.fid_features_to_statistics(real_features),
-      metric_fid.fid_features_to_statistics(fake_features),
-      verbose=False,
-    ),
-    **fidelity.load("metric_kid").kid_features_to_metric(
-      fake_features, real_features, verbose=False
-    ),
-    **fidelity.load("metric_isc").isc_features_to_metric(
-      fake_logits, shuffle=False
-    ),
-    **fidelity.load("metric_prc").prc_features_to_metric(
-      fake_features.double(), real_features.double(), verbose=False
-    ),
-  }
+  theirs = fidelity.scores(real_features, fake_features, fake_logits)
   names = {
     "fid2150": "frechet_inception_distance",
     "kid2150": "kernel_inception_distance_mean",
