@@ -107,7 +107,7 @@ def class_scores(network, real, fake, classes):
   return values, "; ".join(skipped)
 
 
-def class_agreement(real, fake, num_classes, folds=5):
+def class_agreement(real, fake, num_classes):
   """Computes how many generated images a classifier takes for their class.
 
   It is a linear one, of features: linear discriminant analysis, its covariance
@@ -117,13 +117,12 @@ def class_agreement(real, fake, num_classes, folds=5):
     real: (features [N, F], their classes [N]), what it is fitted to.
     fake: (features [M, F], the classes that were asked for [M]).
     num_classes: how many there are.
-    folds: parts that the real images are taken in, to classify each by the
-      others.
 
   Returns:
     {"fake", "real": shares that are classified as they should be, "chance":
     that of the largest class}; None where a class has fewer than 50 real images
-    or there is one alone.
+    or there is one alone. Each fifth of the real images is classified by the
+    others.
   """
   features, labels = real
   counts = np.bincount(labels, minlength=num_classes)
@@ -135,9 +134,7 @@ def class_agreement(real, fake, num_classes, folds=5):
   classifier = discriminant_analysis.LinearDiscriminantAnalysis(
     solver="lsqr", shrinkage="auto"
   )
-  found = model_selection.cross_val_predict(
-    classifier, features, labels, cv=folds
-  )
+  found = model_selection.cross_val_predict(classifier, features, labels, cv=5)
   fake_features, asked = fake
   classifier.fit(features, labels)
   return {
