@@ -2,7 +2,6 @@
 
 import io
 import os
-import pathlib
 import tarfile
 import zipfile
 
@@ -124,8 +123,3 @@ def write_imagenet32(folder, images, labels):
       f"http://www.image-net.org/data/downsample//Imagenet32_{split}_npz.zip",
       file.getvalue(),
     )
-
-
-def read_card_folder(path):
-  """Returns {name: bytes} of a prepared folder."""
-  return {file.name: file.read_bytes() for file in pathlib.Path(path).iterdir()}

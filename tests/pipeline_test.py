@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -97,7 +98,7 @@ def test_file_that_is_missing_or_cut_short_is_an_error(
     ]
   ):
     path = tmp_path / str(k)
-    datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+    shutil.copytree(prepared_folder, path)
     damage(path / "images-00001.npy")
     with pytest.raises(
       ConfigError, match=r"images-00001\.npy is damaged: delete"
@@ -109,8 +110,7 @@ def test_file_that_is_missing_or_cut_short_is_an_error(
   "content", ["", "{", "3", "[" * 100_000, '{"shards": []}', None]
 )
 def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
-  path = tmp_path / "x"
-  datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+  path = shutil.copytree(prepared_folder, tmp_path / "x")
   if content is None:
     (path / "card.json").unlink()
   else:
@@ -130,9 +130,7 @@ def test_damaged_card_is_an_error(prepared_folder, tmp_path, content):
   ],
 )
 def test_card_of_another_form_is_an_error(prepared_folder, tmp_path, damage):
-  path = datasets.write_folder(
-    tmp_path / "x", datasets.read_card_folder(prepared_folder)
-  )
+  path = shutil.copytree(prepared_folder, tmp_path / "x")
   card = json.loads((path / "card.json").read_text())
   (path / "card.json").write_text(json.dumps(card | damage))
   with pytest.raises(ConfigError, match=r"card\.json is damaged"):
@@ -140,9 +138,7 @@ def test_card_of_another_form_is_an_error(prepared_folder, tmp_path, damage):
 
 
 def test_damaged_labels_are_an_error(prepared_folder, tmp_path):
-  path = datasets.write_folder(
-    tmp_path / "x", datasets.read_card_folder(prepared_folder)
-  )
+  path = shutil.copytree(prepared_folder, tmp_path / "x")
   images = pipeline.PreparedImages(path)
   images.card["classes"] = ["a"]
   labels = path / "labels.npy"
@@ -278,8 +274,7 @@ def test_state_of_other_images_is_refused(prepared_folder, change):
 
 
 def test_fingerprint_tells_images_apart(prepared_folder, tmp_path):
-  path = tmp_path / "x"
-  datasets.write_folder(path, datasets.read_card_folder(prepared_folder))
+  path = shutil.copytree(prepared_folder, tmp_path / "x")
   same = pipeline.PreparedImages(path).fingerprint
   assert same == pipeline.PreparedImages(prepared_folder).fingerprint
   card = (path / "card.json").read_text()

@@ -167,7 +167,7 @@ def test_preparing_that_is_cut_off_goes_on_where_it_was(
 ):
   other = data.copy_and_resolve_references()
   other.data_dir = str(tmp_path / "whole")
-  whole = datasets.read_card_folder(prepare.prepare(other))
+  whole = runs.snapshot(prepare.prepare(other))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(shards, "_num_cores", lambda: 1)
     cut_off_after(10, patch, KeyboardInterrupt)
@@ -184,7 +184,7 @@ def test_preparing_that_is_cut_off_goes_on_where_it_was(
   )
   prepare.prepare(data)
   assert len(decoded) == 18 - 2 * 4
-  assert datasets.read_card_folder(path) == whole
+  assert runs.snapshot(path) == whole
   assert not partial.exists()
 
 
@@ -242,7 +242,7 @@ def test_killed_preparation_ends_with_the_same_bytes(tmp_path):
     for name in ("killed", "whole")
   )
   assert killed.name == whole.name
-  assert datasets.read_card_folder(killed) == datasets.read_card_folder(whole)
+  assert runs.snapshot(killed) == runs.snapshot(whole)
 
 
 def test_two_preparations_at_once_share_the_work(data, monkeypatch):
