@@ -32,6 +32,7 @@ _SWITCHES = {
       ("warmup_kimg", 0.0),
       ("decay", "constant"),
       ("clip_norm", 0.0),
+      ("freeze", ""),
     )
   },
   "accumulation": 1,
@@ -45,9 +46,14 @@ _SWITCHES = {
   "discriminator.spectral_norm": "isn",
   "discriminator.pooling": "token",
   "loss.adversarial": "non_saturating",
+  "loss.bcr_anchor": "clean",
   "loss.r1_gamma": 0.0,
   "loss.r2_gamma": 0.0,
+  "loss.gp_weight": 0.0,
+  "loss.drift_weight": 0.0,
   "loss.lecam_weight": 0.0,
+  "loss.path_length_weight": 0.0,
+  "ada.target": 0.0,
 }
 
 

@@ -114,6 +114,12 @@ def test_what_torch_lacks_is_said_and_ours_is_measured(monkeypatch):
     for field, value in (
       ("generator.latent_injection", "add"),
       ("loss.r1_gamma", 0.5),
+      ("loss.gp_weight", 10.0),
+      ("loss.drift_weight", 1e-3),
+      ("loss.path_length_weight", 2.0),
+      ("loss.bcr_anchor", "augmented"),
+      ("ada.target", 0.6),
+      ("d_optimizer.freeze", "embedding"),
     ):
       functions, note = no_contestants(tiny_config({field: value}))
       assert functions == {} and f"config.{field}={value!r}" in note["torch"]
