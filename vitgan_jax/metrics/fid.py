@@ -23,7 +23,7 @@ def frechet_distance(real, fake):
     ConfigError: if either has no more images than features, or the features
       are not of one network.
   """
-  _check(real.num, fake.num, real.mean.shape, fake.mean.shape)
+  _check(real, fake.num, len(fake.mean))
   return _distance(real, _root(real.cov), fake)
 
 
@@ -102,7 +102,7 @@ def extrapolate(real, fake_features, seed=0):
   """
   fake_features = np.asarray(fake_features)
   num, num_features = fake_features.shape
-  _check(real.num, num, real.mean.shape, (num_features,))
+  _check(real, num, num_features)
   smallest = _smallest_subset(num_features)
   if not can_extrapolate(num, num_features):
     raise ConfigError(
@@ -135,18 +135,18 @@ def least_images(num_features):
   return num_features + 1  # the mean takes one degree of freedom
 
 
-def _check(num_real, num_fake, real_shape, fake_shape):
-  if real_shape != fake_shape:
+def _check(real, num_fake, num_features):
+  if len(real.mean) != num_features:
     raise ConfigError(
-      f"the real images have {real_shape[0]:,} features and the generated ones "
-      f"{fake_shape[0]:,}: compute both with the same network"
+      f"the real images have {len(real.mean):,} features and the generated "
+      f"ones {num_features:,}: compute both with the same network"
     )
-  needed = least_images(real_shape[0])
-  for kind, num in (("real", num_real), ("generated", num_fake)):
+  needed = least_images(num_features)
+  for kind, num in (("real", real.num), ("generated", num_fake)):
     if num < needed:
       raise ConfigError(
         f"{num:,} {kind} images are too few for a Fréchet distance of "
-        f"{real_shape[0]:,} features, as their covariance is singular: take at "
+        f"{num_features:,} features, as their covariance is singular: take at "
         f"least {needed:,}"
       )
 
