@@ -157,6 +157,24 @@ def test_url_is_not_held():
     assert not os.path.exists("gs:")
 
 
+def test_two_may_write_a_file_that_is_shared_at_once(tmp_path):
+  path = tmp_path / "file"
+  with files.whole(path, shared=True) as second:
+    with files.whole(path, shared=True) as first:
+      for partial, text in ((second, "long"), (first, "a")):
+        partial.write_text(text)
+    assert path.read_text() == "a"
+  assert path.read_text() == "long"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_of_a_file_is_written_over(tmp_path):
+  (tmp_path / "file.partial").write_text("half")
+  with files.whole(tmp_path / "file") as partial:
+    partial.write_text("whole")
+  assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
 def test_new_folder_appears_when_it_is_whole(tmp_path):
   output = epath.Path(tmp_path) / "a" / "new"
   (output.parent / "new.partial").mkdir(parents=True)

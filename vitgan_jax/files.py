@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 
 from etils import epath
 
@@ -200,15 +201,18 @@ def waiting(what, seconds=10.0, every=60.0):
 
 
 @contextlib.contextmanager
-def whole(path):
+def whole(path, shared=False):
   """Yields another path, to write to; what is there then gets its name.
 
-  If that fails, nothing is left of it.
+  If that fails, nothing is left of it. What a kill leaves, the next to write
+  the file writes over, unless it is shared.
 
   Args:
     path: pathlib.Path or epath.Path.
+    shared: whether other processes may write it at the same time.
   """
-  partial = path.with_name(f"{path.name}.partial")
+  own = f".{uuid.uuid4().hex}" if shared else ""
+  partial = path.with_name(f"{path.name}{own}.partial")
   try:
     yield partial
     partial.replace(path)

@@ -87,7 +87,11 @@ def _thousands(batches):
 
 def _write(path, reference):
   path.parent.mkdir(exist_ok=True)
-  with files.whole(path) as partial, open(partial, "wb") as file:
+  # Runs on the same images may come to their first scores together.
+  with (
+    files.whole(path, shared=True) as partial,
+    open(partial, "wb") as file,
+  ):
     np.savez(
       file,
       **dataclasses.asdict(reference.statistics),
