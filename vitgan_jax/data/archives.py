@@ -106,9 +106,8 @@ def fingerprint(path, cache=None):
   if cache:
     with contextlib.suppress(OSError):  # of a disk that is only read
       cache.mkdir(parents=True, exist_ok=True)
-      partial = cache / f"{known}.{os.getpid()}"
-      partial.write_text(result)
-      partial.replace(cache / known)
+      with files.whole(cache / known, shared=True) as partial:
+        partial.write_text(result)
   return result
 
 

@@ -7,7 +7,6 @@ average pools leave the padding out, the last block pools by maximum, there are
 """
 
 import functools
-import os
 import pathlib
 import shutil
 import sys
@@ -59,13 +58,10 @@ def load(path=""):
 
 
 def _download(path, remedy):
-  # Under a name of its own until it is verified: downloads may be broken off,
-  # and two processes may start one.
-  partial = path.with_suffix(f".partial{os.getpid()}")
   print(f"Downloading {URL}", file=sys.stderr, flush=True)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with files.whole(path, shared=True) as partial:
       with (
         urllib.request.urlopen(URL, timeout=15) as response,
         open(partial, "wb") as file,
@@ -78,9 +74,6 @@ def _download(path, remedy):
       ):
         shutil.copyfileobj(progress, file)
       feature_network.verify(partial, SHA256, remedy)
-      partial.replace(path)
-    finally:
-      partial.unlink(missing_ok=True)
   except OSError as error:
     raise ConfigError(
       f"cannot download the Inception weights to {path}: {error}. {remedy}"
