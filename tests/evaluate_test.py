@@ -104,7 +104,8 @@ def test_scores_are_printed_written_and_drawn(evaluated):
   records = evaluate.read_records(workdir)
   assert [record["step"] for record in records] == [4, 8]
   assert "Scores of step 4, 0.032 kimg, the best so far:" in output
-  assert "1,000 samples against the 1,497 images of sklearn_digits" in output
+  line = "1,000 samples of seed 0 against the 1,497 images of sklearn_digits"
+  assert line in output
   scalars, _ = monitor_test.read_events(workdir / "evaluation")
   for record in records:
     np.testing.assert_allclose(

@@ -387,7 +387,7 @@ def _read_records(folder, contents):
   (run,) = results.find_runs([folder])
   rows = results.group([run])
   for protocol, records in results.by_protocol([run]):
-    results.describe(protocol)
+    files.describe_protocol(protocol)
     for chosen in results.choose(rows, records).values():
       results.table(chosen)
   str(run.state)

@@ -402,12 +402,7 @@ def _steps(manager, which, total_steps):
 
 def report(record, is_best):
   """Prints a record as a table."""
-  protocol = record["protocol"]
-  note = (
-    f"{protocol['num_fake']:,} samples against the {protocol['num_real']:,} "
-    f"images of {protocol['dataset']} {protocol['split']} at "
-    f"{protocol['image_size']} px; features of {protocol['network']}"
-  )
+  note = files.describe_protocol(record["protocol"])
   verdict = ", the best so far" if is_best else ""
   print(f"Scores of step {record['step']}, {record['kimg']:g} kimg{verdict}:")
   print(compute.table(record["scores"], note))

@@ -289,6 +289,16 @@ def read_records(path, form=dict):
   return records
 
 
+def describe_protocol(protocol):
+  """Returns a line on how the scores of a record in scores.jsonl came about."""
+  return (
+    f"{protocol['num_fake']:,} samples of seed {protocol['seed']} against the "
+    f"{protocol['num_real']:,} images of {protocol['dataset']} "
+    f"{protocol['split']} (`{protocol['images_sha256'][:12]}`) at "
+    f"{protocol['image_size']} px; features of {protocol['network']}"
+  )
+
+
 def append_record(path, record):
   """Adds a dict to a file of JSON lines, on a line of its own."""
   path, line = epath.Path(path), json.dumps(record) + "\n"

@@ -354,16 +354,6 @@ def differences(rows):
   return "\n".join(lines)
 
 
-def describe(protocol):
-  """Returns a line on how scores came about."""
-  return (
-    f"{protocol['num_fake']:,} samples of seed {protocol['seed']} against the "
-    f"{protocol['num_real']:,} images of {protocol['dataset']} "
-    f"{protocol['split']} (`{protocol['images_sha256'][:12]}`) at "
-    f"{protocol['image_size']} px; features of {protocol['network']}"
-  )
-
-
 def draw_curves(path, rows, protocol_records):
   """Draws the distance of each row against images and against minutes.
 
@@ -462,7 +452,7 @@ def write(runs, output, command, published=None):
   output.mkdir(parents=True, exist_ok=True)
   parts = [f"# {output.name}"]
   for number, (protocol, records) in enumerate(by_protocol(runs)):
-    parts += [f"## {describe(protocol)}"]
+    parts += [f"## {files.describe_protocol(protocol)}"]
     if protocol["network"].startswith("efficientnet"):
       parts += ["`fd_...` is no FID, and compares with this table alone."]
     found = [x for run in records.values() for x in run.values()]
