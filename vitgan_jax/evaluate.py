@@ -128,18 +128,13 @@ class Evaluator:
       )
       record["class_share"] = dict(zip(classes, shares.round(6).tolist()))
       if self._labels is not None and long:
+        real = self.reference.features, labels
+        asked = fake.features, np.asarray(self._labels)
         record["class_agreement"] = compute.class_agreement(
-          (self.reference.features, labels),
-          (fake.features, np.asarray(self._labels)),
-          len(classes),
+          real, asked, len(classes)
         )
         record["class_scores"], record["class_scores_skipped"] = (
-          compute.class_scores(
-            self.protocol["network"],
-            (self.reference.features, labels),
-            (fake.features, np.asarray(self._labels)),
-            classes,
-          )
+          compute.class_scores(self.protocol["network"], real, asked, classes)
         )
     return record
 
@@ -275,7 +270,6 @@ def evaluate(
   Raises:
     ConfigError: if there is no such checkpoint, or it cannot be scored.
   """
-  sample.check_seed(seed)
   if which not in ("last", "all", "watch") and not which.isdigit():
     raise ConfigError(
       f"--checkpoint={which!r} must be last, all, watch or a step"
@@ -285,8 +279,7 @@ def evaluate(
     config = config_lib.with_machine_fields(config, machine)
   if num_samples is None:
     num_samples = config.evaluation.num_samples
-  if num_samples < 1:
-    raise ConfigError(f"--num_samples={num_samples} must be at least 1")
+  sample.check_samples(num_samples, seed)
   compilation.use_cache(config.compilation_cache)
   network = network or config.evaluation.features
   with processes.raise_together():

@@ -325,7 +325,6 @@ def sample(workdir, num_samples, seed, output, classes=None):
   with processes.raise_together():
     if processes.is_primary():
       files.check_new(output)
-  with processes.raise_together():
     classes = find_classes_of(workdir, classes)
   _, nets, mesh, state = checkpoint.load_run(workdir)
   with processes.raise_together():
