@@ -21,11 +21,13 @@ from vitgan_jax.metrics import features, fid, reference, score, statistics
 NUM_SAMPLES = 1000
 
 
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  monkeypatch.setattr(
-    features, "load_network", lambda name, weights="": toy_features.tiny()
-  )
+@pytest.fixture(autouse=True, scope="module")
+def tiny_network():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      features, "load_network", lambda name, weights="": toy_features.tiny()
+    )
+    yield
 
 
 def evaluate_quietly(workdir, *args, num_samples=NUM_SAMPLES, **kwargs):
@@ -46,11 +48,7 @@ def evaluated(digits_run, tmp_path_factory):
   """A workdir of which all checkpoints are scored, and what was printed."""
   path = tmp_path_factory.mktemp("evaluated") / "run"
   shutil.copytree(digits_run.workdir, path)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      features, "load_network", lambda name, weights="": toy_features.tiny()
-    )
-    return path, evaluate_quietly(path, "all")
+  return path, evaluate_quietly(path, "all")
 
 
 def test_score_is_that_of_the_images_that_sampling_writes(evaluated, tmp_path):
@@ -143,8 +141,11 @@ def record_of(step, value, seed=0):
   }
 
 
-def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
-  def keep(record):
+@pytest.fixture
+def keep(digits_run, tmp_path):
+  """Returns `keep(record)`: (whether it is the best, the steps of the best)."""
+
+  def keep_record(record):
     state = digits_run.state.replace(step=np.int32(record["step"]))
     is_best = evaluate.is_best(tmp_path, record)
     evaluate.keep(
@@ -153,6 +154,10 @@ def test_best_is_the_lowest_of_one_protocol(digits_run, tmp_path):
     with checkpoint.open_manager(tmp_path / "best") as manager:
       return is_best, manager.all_steps()
 
+  return keep_record
+
+
+def test_best_is_the_lowest_of_one_protocol(keep, tmp_path):
   assert keep(record_of(5, 3.0)) == (True, [5])
   assert keep(record_of(6, 3.0)) == (False, [5])
   assert keep(record_of(7, 2.0)) == (True, [7])
@@ -253,21 +258,13 @@ def test_what_a_crash_left_of_files_is_passed_over(evaluated, tmp_path, capsys):
   assert len(evaluate.read_records(workdir)) == 1  # it was not scored again
 
 
-def test_best_that_is_damaged_gives_way_to_the_next(digits_run, tmp_path):
-  def keep(record):
-    state = digits_run.state.replace(step=np.int32(record["step"]))
-    best = evaluate.is_best(tmp_path, record)
-    evaluate.keep(
-      tmp_path, record, best, digits_run.config, state, {"next_image": 0}
-    )
-    return best
-
-  assert keep(record_of(5, 3.0))
+def test_best_that_is_damaged_gives_way_to_the_next(keep, digits_run, tmp_path):
+  assert keep(record_of(5, 3.0)) == (True, [5])
   checkpoint_test.cut(tmp_path / "best" / "checkpoints" / "5")
   (tmp_path / "best" / "config.json").write_text("{")
   with pytest.raises(DamagedError, match="is damaged: it holds no"):
     checkpoint.load_run(tmp_path / "best")
-  assert keep(record_of(6, 4.0))
+  assert keep(record_of(6, 4.0)) == (True, [6])
   run = checkpoint.load_run(tmp_path / "best")
   assert int(run.state.step) == 6 and run.config == digits_run.config
 
