@@ -190,8 +190,15 @@ def define_path(name, default, text):
   return flags.DEFINE(_PathParser(), name, default, text, serializer=serializer)
 
 
-def _installed(argument):
-  """Has configs/NAME.py, where there is none, be what came with the package."""
+def _found(argument):
+  """Returns --config=FILE, or a word of a command line, with the file's place.
+
+  The "~" that ml_collections would leave as it is becomes the home folder, and
+  configs/NAME.py, where there is none, what came with the package.
+  """
+  match = re.fullmatch("(--?config=)(~.*)", argument, re.DOTALL)
+  if match:
+    return match[1] + files.expand(match[2])
   match = re.fullmatch(r"(--?config=)?(configs/\w+\.py)(:.*)?", argument)
   if match and not os.path.exists(match[2]):
     path = pathlib.Path(__file__).parent.parent / match[2]
@@ -202,13 +209,7 @@ def _installed(argument):
 
 def _parse_flags(argv):
   try:
-    # Of ml_collections, whose parser leaves "~" as it is.
-    config = re.compile("(--?config=)(~.*)", re.DOTALL)
-    argv = [
-      found[1] + files.expand(found[2]) if (found := config.fullmatch(x)) else x
-      for x in argv
-    ]
-    arguments = flags.FLAGS([*map(_installed, argv)])
+    arguments = flags.FLAGS([*map(_found, argv)])
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()  # a file that does not load is reported here
   except (AttributeError, KeyError) as error:  # an override of no field
