@@ -141,15 +141,14 @@ def main(arguments):
         f"--{name} is for --mode={' and --mode='.join(modes)}, not for "
         f"--mode={_MODE.value}; see --help"
       )
-  given = set()
-  if _CONFIG.value is not None:
-    given.update(config_flags.get_override_values(flags.FLAGS["config"]))
-  uses = {"train": given, "evaluate": set(MACHINE_FIELDS)}
-  if unused := given - uses.get(_MODE.value, set()):
-    raise ConfigError(
-      f"--config.{min(unused)} is for --mode=train; --mode={_MODE.value} takes "
-      "it from the run; see --help"
-    )
+  if _CONFIG.value is not None and _MODE.value != "train":
+    given = set(config_flags.get_override_values(flags.FLAGS["config"]))
+    used = MACHINE_FIELDS if _MODE.value == "evaluate" else ()
+    if unused := given.difference(used):
+      raise ConfigError(
+        f"--config.{min(unused)} is for --mode=train; --mode={_MODE.value} "
+        "takes it from the run; see --help"
+      )
   # Late: --help and a wrong flag need not wait for JAX.
   from vitgan_jax import processes
 
