@@ -31,18 +31,11 @@ class TrainedGenerator:
     class_names: of its classes; [] if it has none, or none are known.
     step: training steps that it has seen.
     generator: Linen module.
-    variables: of the module.
+    variables: of the module, a pytree of arrays.
   """
 
   def __init__(self, config, class_names, step, variables):
-    """Compiles nothing yet.
-
-    Args:
-      config: of the run.
-      class_names: see above.
-      step: see above.
-      variables: pytree of arrays.
-    """
+    """Compiles nothing yet; the arguments are as the attributes."""
     self.config = config
     self.class_names = class_names
     self.step = step
