@@ -20,6 +20,7 @@ from vitgan_jax.errors import (
   ConfigError,
   DamagedError,
   lasting_fault,
+  storage_errors,
   storage_fault,
 )
 from vitgan_jax.models import networks
@@ -216,9 +217,9 @@ def _set_aside(manager, step, error):
       aside = next(x for x in map(folder.with_name, names) if not x.exists())
       try:
         folder.rename(aside)
-      except OSError as other:
+      except storage_errors() as other:
         raise ConfigError(
-          f"{error}, and cannot be renamed: {other.strerror or other}"
+          f"{error}, and cannot be renamed: {storage_fault(other)}"
         ) from other
       files.tell(f"Set aside as {aside.name}: {error}")
   manager.reload()
