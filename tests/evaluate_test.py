@@ -273,6 +273,7 @@ def test_best_that_is_damaged_gives_way_to_the_next(keep, digits_run, tmp_path):
   "arguments, message",
   [
     ({"which": "first"}, "last, all, watch or a step"),
+    ({"which": "5²"}, "last, all, watch or a step"),
     ({"which": "5"}, "no checkpoint of step 5"),
     ({"num_samples": 0}, "--num_samples=0"),
     ({"num_samples": 999}, "999 generated images are too few.*least 1,000"),

@@ -175,6 +175,13 @@ def test_what_a_kill_left_of_a_file_is_written_over(tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == ["file"]
 
 
+def test_names_that_are_numbers_are_found(tmp_path):
+  for name in ("8", "12", "8.damaged", "²"):
+    (tmp_path / name).mkdir()
+  assert files.numbers_in(tmp_path) == {8, 12}
+  assert files.numbers_in(tmp_path / "nothing") == set()
+
+
 def test_new_folder_appears_when_it_is_whole(tmp_path):
   output = epath.Path(tmp_path) / "a" / "new"
   (output.parent / "new.partial").mkdir(parents=True)

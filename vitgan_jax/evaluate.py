@@ -270,7 +270,7 @@ def evaluate(
   Raises:
     ConfigError: if there is no such checkpoint, or it cannot be scored.
   """
-  if which not in ("last", "all", "watch") and not which.isdigit():
+  if which not in ("last", "all", "watch") and not which.isdecimal():
     raise ConfigError(
       f"--checkpoint={which!r} must be last, all, watch or a step"
     )

@@ -226,7 +226,7 @@ def numbers_in(folder):
   A folder that is not there has none.
   """
   names = [path.name for path in epath.Path(folder).glob("*")]
-  return {int(name) for name in names if name.isdigit()}
+  return {int(name) for name in names if name.isdecimal()}
 
 
 def parse_json(text, **options):
