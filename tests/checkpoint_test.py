@@ -98,16 +98,11 @@ def test_earlier_step_can_be_asked_for(saved):
   tiny.assert_bit_equal(state, states[3])
 
 
-def test_missing_step_is_an_error_that_names_it(saved):
+@pytest.mark.parametrize("step", [0, 5])
+def test_missing_step_is_an_error_that_names_it(saved, step):
   with checkpoint.create_manager(saved[0]) as manager:
-    with pytest.raises(ConfigError, match="of step 5 in"):
-      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=5)
-
-
-def test_missing_step_zero_is_an_error_that_names_it(saved):
-  with checkpoint.create_manager(saved[0]) as manager:
-    with pytest.raises(ConfigError, match="of step 0 in"):
-      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step=0)
+    with pytest.raises(ConfigError, match=f"of step {step} in"):
+      checkpoint.restore(manager, CONFIG, NETS, mesh_of(8), step)
 
 
 def test_workdir_without_checkpoints_is_an_error(tmp_path):

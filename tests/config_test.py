@@ -36,8 +36,9 @@ def test_every_choice_is_valid(field, value):
 
 @pytest.mark.parametrize("field", CHOICES)
 def test_another_choice_is_an_error_that_names_the_field(field):
-  with pytest.raises(ConfigError, match=f"config.{field}='other'"):
+  with pytest.raises(ConfigError, match=f"config.{field}='other'") as error:
     config_lib.validate(tiny.tiny_config({field: "other"}))
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,9 @@ def test_another_choice_is_an_error_that_names_the_field(field):
   ],
 )
 def test_value_out_of_range_is_an_error_that_names_the_field(field, value):
-  with pytest.raises(ConfigError, match=f"config.{field}="):
+  with pytest.raises(ConfigError, match=f"config.{field}=") as error:
     config_lib.validate(tiny.tiny_config({field: value}))
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("crop", [(), (0, 0, 5, 5), (25, 57, 153, 185)])
@@ -127,14 +129,6 @@ def test_convolutional_decoder_needs_a_power_of_two():
   config = tiny.tiny_config({**fields, "generator.patch_decoder": "conv"})
   with pytest.raises(ConfigError, match="power of two"):
     config_lib.validate(config)
-
-
-def test_messages_are_one_line():
-  for field in [*CHOICES, "augment.probability", "batch_size"]:
-    bad = "other" if field in CHOICES else -1
-    with pytest.raises(ConfigError) as error:
-      config_lib.validate(tiny.tiny_config({field: bad}))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("total_kimg", [0.001, 0.064, 0.065, 1.0])

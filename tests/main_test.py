@@ -181,7 +181,7 @@ def test_command_trains_until_it_is_interrupted_and_its_run_goes_on(tmp_path):
   assert "Traceback" not in errors
   assert output.endswith("Stopped. The same command goes on from here.\n")
   workdir = tmp_path / "runs" / "digits-smoke"  # by default
-  step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+  step = runs.saved_steps(workdir)[-1]
   assert (workdir / "samples" / f"{step:08d}.png").exists()
 
   config = config_lib.load(workdir)

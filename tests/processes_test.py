@@ -64,7 +64,7 @@ def stopped(tmp_path_factory):
 
 
 def last_step(workdir):
-  return max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+  return runs.saved_steps(workdir)[-1]
 
 
 def test_signal_to_one_process_stops_and_saves_all(stopped):

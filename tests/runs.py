@@ -150,6 +150,11 @@ def snapshot(folder):
   }
 
 
+def saved_steps(workdir):
+  """Returns the steps of a workdir's checkpoints, rising."""
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
 @contextlib.contextmanager
 def free_port():
   """Yields a port that no server has, while nobody else can take it."""
