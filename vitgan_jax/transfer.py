@@ -70,25 +70,16 @@ def _take(config, shapes):
         "take the other network alone by config.init_networks"
       )
     for part in _PARTS[network]:
-      source = _flat(variables[part])
-      params = _flat({"params": getattr(shapes, f"{part}_params")})
-      state = _flat(getattr(shapes, f"{part}_model_state"))
-      fitting = {
-        name
-        for name, x in {**params, **state}.items()
-        if name in source and source[name].shape == x.shape
-      }
-      own = {name.removeprefix("params/") for name in params}
-      missing = {x for x in own if f"params/{x}" not in fitting}
-      taken[f"{part}_params"] = {
-        x: source[f"params/{x}"] for x in own - missing
-      }
+      own = _flat(getattr(shapes, f"{part}_params"))
+      own_state = _flat(getattr(shapes, f"{part}_model_state"))
+      params = _fitting(variables[part]["params"], own)
+      state = _fitting(variables[part], own_state)
+      missing = own.keys() - params.keys()
+      taken[f"{part}_params"] = params
       taken[f"{part}_model_state"] = {
-        x: source[x]
-        for x in fitting & state.keys()
-        if _is_whole(x, own, missing)
+        name: x for name, x in state.items() if _is_whole(name, own, missing)
       }
-    if missing == own:
+    if not params:
       raise ConfigError(
         f"no parameter of the {network} of config.init_from="
         f"{config.init_from} has the name and shape of one here: give the same "
@@ -129,6 +120,16 @@ def _open(config):
     for network in networks
   }
   return run.config, int(run.state.step), sources
+
+
+def _fitting(source, own):
+  """Returns {name: array} of what has the name and shape of one of `own`."""
+  source = _flat(source)
+  return {
+    name: source[name]
+    for name, x in own.items()
+    if name in source and source[name].shape == x.shape
+  }
 
 
 def _is_whole(name, params, missing):
