@@ -1,3 +1,4 @@
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -169,6 +170,18 @@ def test_best_is_the_lowest_of_one_protocol(keep, tmp_path):
   assert keep(record_of(10, 0.6, seed=1)) == (False, [2])
   assert keep(record_of(11, 0.4, seed=1)) == (True, [11])
   assert len(evaluate.read_records(tmp_path)) == 9
+
+
+def test_two_evaluations_may_keep_their_best_at_once(tmp_path):
+  def keep(step):
+    state = checkpoint_test.small_state(step)
+    record = record_of(step, 1.0, seed=step)
+    evaluate.keep(tmp_path, record, True, checkpoint_test.CONFIG, state, {})
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(keep, (3, 5)))
+  assert checkpoint.whole_steps(tmp_path / "best") in ({3}, {5})
+  assert {x["step"] for x in evaluate.read_records(tmp_path)} == {3, 5}
 
 
 def test_what_was_scored_is_not_scored_again(evaluated, tmp_path, monkeypatch):

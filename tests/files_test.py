@@ -4,6 +4,7 @@ import pathlib
 import pwd
 import subprocess
 import sys
+import threading
 import time
 
 from etils import epath
@@ -141,6 +142,22 @@ def test_folder_is_held_by_one_process_until_it_dies(tmp_path):
     with files.hold(tmp_path / "run", "--workdir"):
       text = (tmp_path / "run" / ".lock").read_text()
       assert text.startswith(f"process {os.getpid()} of ")
+
+
+def test_folder_that_is_held_can_be_waited_for(tmp_path):
+  order = []
+
+  def second():
+    with files.hold(tmp_path, "--workdir", wait=True):
+      order.append("second")
+
+  thread = threading.Thread(target=second)
+  with files.hold(tmp_path, "--workdir"):
+    thread.start()
+    time.sleep(0.2)
+    order.append("first")
+  thread.join()
+  assert order == ["first", "second"]
 
 
 def test_folder_that_cannot_be_held_is_an_error_of_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """Scores the checkpoints of a run, and keeps the best."""
 
+import contextlib
 import time
 
 from etils import epath
@@ -220,22 +221,27 @@ def keep(workdir, record, best, config, state, data_state):
     ConfigError: if the workdir cannot be written into.
   """
   workdir = epath.Path(workdir)
-  with processes.raise_together():
+  with contextlib.ExitStack() as held:
+    with processes.raise_together():
+      if processes.is_primary():
+        files.check_writable(workdir, "--workdir")
+        # Another evaluation may keep what it found at the same time.
+        held.enter_context(
+          files.hold(workdir, "--workdir", ".scores.lock", wait=True)
+        )
+        if best:
+          names = config_lib.class_names(workdir)
+          config_lib.claim_workdir(config, workdir / "best", names)
+    if best:
+      with checkpoint.create_manager(workdir / "best") as manager:
+        checkpoint.save(manager, state, data_state)
+        checkpoint.wait(manager)
+        for step in manager.all_steps():
+          if step != int(state.step):
+            manager.delete(step)
     if processes.is_primary():
-      files.check_writable(workdir, "--workdir")
-      if best:
-        names = config_lib.class_names(workdir)
-        config_lib.claim_workdir(config, workdir / "best", names)
-  if best:
-    with checkpoint.create_manager(workdir / "best") as manager:
-      checkpoint.save(manager, state, data_state)
-      checkpoint.wait(manager)
-      for step in manager.all_steps():
-        if step != int(state.step):
-          manager.delete(step)
-  if processes.is_primary():
-    # Last: what is recorded is not scored, nor kept, again.
-    files.append_record(workdir / _SCORES, record)
+      # Last: what is recorded is not scored, nor kept, again.
+      files.append_record(workdir / _SCORES, record)
 
 
 def evaluate(

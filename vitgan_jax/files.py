@@ -310,7 +310,7 @@ def append_record(path, record):
 
 
 @contextlib.contextmanager
-def hold(folder, flag, name=".lock"):
+def hold(folder, flag, name=".lock", wait=False):
   """Keeps a folder for this process, so that no other one holds it.
 
   What a process held is free again when it ends, however it does. A URL, as
@@ -320,6 +320,7 @@ def hold(folder, flag, name=".lock"):
     folder: of this machine, made if it is not there; or a URL.
     flag: that gave it, for messages.
     name: of the file within that is locked.
+    wait: whether to wait for another process that holds it.
 
   Raises:
     ConfigError: if another process holds it, and which; or if it cannot be
@@ -334,7 +335,8 @@ def hold(folder, flag, name=".lock"):
     file = open(path, "a+", encoding="utf-8")
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      with waiting(f"waiting for another process, which holds {folder}"):
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
       file.seek(0)
       raise ConfigError(
