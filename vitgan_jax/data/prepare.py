@@ -9,8 +9,6 @@ off goes on where it was. What is there already is checked against its
 checksums.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -131,7 +129,7 @@ def prepare(data):
     return path
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.parent):
+    with files.hold(path.parent, "config.data.data_dir", wait=True):
       if not path.exists():  # another process may have been at it
         _prepare(data, path)
   except OSError as error:
@@ -141,16 +139,6 @@ def prepare(data):
       "config.data.data_dir; what is done is kept"
     ) from error
   return path
-
-
-@contextlib.contextmanager
-def _lock(folder):
-  """Waits until no other process prepares in a folder."""
-  with open(folder / ".lock", "w") as file:
-    what = f"waiting for another process, which prepares in {folder}"
-    with files.waiting(what):
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield  # closing, or the death of the process, gives it back
 
 
 def _prepare(data, path):
