@@ -64,7 +64,7 @@ def test_gradient_of_patches_adds_windows_up(geometry):
 @pytest.mark.parametrize("grid, patch_size", [(1, 3), (2, 4), (3, 2), (4, 1)])
 def test_unpatchify_lays_tiles_out_in_rows(grid, patch_size):
   patches = normal(2, grid**2, patch_size, patch_size, 3)
-  images = unpatchify(patches, grid)
+  images = unpatchify(patches.reshape(2, grid**2, -1), patch_size)
   assert images.shape == (2, grid * patch_size, grid * patch_size, 3)
   for i, window in windows(grid * patch_size, patch_size, 0):
     assert_array_equal(images[window], patches[:, i])

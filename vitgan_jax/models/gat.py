@@ -451,11 +451,11 @@ class Generator(LatentGenerator):
         name=f"block{i}",
       )(x, layer_w)
       if (i + 1) % (self.depth // self.num_levels) == 0:
-        image = image + self._head(len(levels), x, layer_w, grid)
+        image = image + self._head(len(levels), x, layer_w)
         levels.append(image)
     return jnp.concatenate(levels, axis=-1) if train else image
 
-  def _head(self, level, x, w, grid):
+  def _head(self, level, x, w):
     """Maps tokens [B, N, D] and silu(w) to an image [B, S, S, 3], float32."""
     name = f"head{level}"
     scale = XavierDense(self.width, 0.01, self.dtype, name=f"{name}_modulation")
@@ -463,8 +463,7 @@ class Generator(LatentGenerator):
     y = XavierDense(
       3 * self.patch_size**2, 1.0, self.dtype, name=f"{name}_rgb"
     )(y)
-    y = y.reshape(*y.shape[:2], self.patch_size, self.patch_size, 3)
-    return unpatchify(y, grid).astype(jnp.float32)
+    return unpatchify(y, self.patch_size).astype(jnp.float32)
 
 
 def noise_scales(num_levels):

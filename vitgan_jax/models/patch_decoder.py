@@ -72,7 +72,7 @@ class ImplicitDecoder(nn.Module):
   @nn.compact
   def __call__(self, embeddings):
     """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
-    batch, num_tokens, width = embeddings.shape
+    width = embeddings.shape[-1]
     features = SineEmbedding(
       self.patch_size, self.hidden_dim, self.fourier_scale, name="fourier"
     )()
@@ -99,7 +99,7 @@ class ImplicitDecoder(nn.Module):
       split=("features", 16),
       max_rows=128,
     )
-    return _to_images(pixels, batch, num_tokens, self.patch_size)
+    return unpatchify(pixels, self.patch_size)
 
 
 class ConcatDecoder(nn.Module):
@@ -116,7 +116,6 @@ class ConcatDecoder(nn.Module):
   @nn.compact
   def __call__(self, embeddings):
     """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
-    batch, num_tokens, _ = embeddings.shape
     features = SineEmbedding(
       self.patch_size, self.hidden_dim, self.fourier_scale, name="fourier"
     )()
@@ -129,7 +128,8 @@ class ConcatDecoder(nn.Module):
     )(features)
     hidden = leaky_relu(part[:, :, None, :] + pixel_part)
     pixels = Dense(NUM_CHANNELS, dtype=self.dtype, name="rgb")(hidden)
-    return _to_images(pixels, batch, num_tokens, self.patch_size)
+    pixels = pixels.reshape(*embeddings.shape[:2], -1)
+    return unpatchify(pixels, self.patch_size)
 
 
 class LinearDecoder(nn.Module):
@@ -141,17 +141,9 @@ class LinearDecoder(nn.Module):
   @nn.compact
   def __call__(self, embeddings):
     """Maps embeddings [B, N, D] to images [B, S, S, 3]."""
-    batch, num_tokens, _ = embeddings.shape
     features = self.patch_size**2 * NUM_CHANNELS
     pixels = Dense(features, dtype=self.dtype, name="rgb")(embeddings)
-    return _to_images(pixels, batch, num_tokens, self.patch_size)
-
-
-def _to_images(pixels, batch, num_tokens, patch_size):
-  tiles = pixels.reshape(
-    batch, num_tokens, patch_size, patch_size, NUM_CHANNELS
-  )
-  return unpatchify(tiles, int(np.sqrt(num_tokens)))
+    return unpatchify(pixels, self.patch_size)
 
 
 class ConvDecoder(nn.Module):

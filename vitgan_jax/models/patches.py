@@ -1,5 +1,8 @@
 """Images to overlapping patches, and patches back to images."""
 
+import math
+
+from jax import lax
 import jax.numpy as jnp
 
 
@@ -28,28 +31,24 @@ def overlapping_patches(images, patch_size, overlap):
 
   def split(x, axis):
     """Splits a padded axis into [grid, window]."""
-    chunks = []
-    for i in range(num_chunks):
-      start = i * patch_size
-      index = (slice(None),) * axis + (slice(start, start + size),)
-      chunk = x[index]
-      shape = chunk.shape
-      chunks.append(
-        chunk.reshape(*shape[:axis], grid, patch_size, *shape[axis + 1 :])
-      )
-    index = (slice(None),) * (axis + 1) + (slice(0, window),)
-    return jnp.concatenate(chunks, axis=axis + 1)[index]
+    shape = (*x.shape[:axis], grid, patch_size, *x.shape[axis + 1 :])
+    starts = range(0, num_chunks * patch_size, patch_size)
+    chunks = [
+      lax.slice_in_dim(x, start, start + size, axis=axis).reshape(shape)
+      for start in starts
+    ]
+    x = jnp.concatenate(chunks, axis=axis + 1)
+    return lax.slice_in_dim(x, 0, window, axis=axis + 1)
 
   x = split(split(x, 1), 3)  # [B, grid, window, grid, window, C]
   x = x.swapaxes(2, 3)
   return x.reshape(batch, grid**2, window**2 * channels)
 
 
-def unpatchify(patches, grid_size):
-  """Lays patches [B, N, P, P, C], row-major, out as images [B, S, S, C]."""
-  batch, _, patch_size, _, channels = patches.shape
-  x = patches.reshape(
-    batch, grid_size, grid_size, patch_size, patch_size, channels
-  )
-  size = grid_size * patch_size
-  return x.swapaxes(2, 3).reshape(batch, size, size, channels)
+def unpatchify(patches, patch_size):
+  """Lays patches [B, N, P * P * C], row-major, out as images [B, S, S, C]."""
+  batch, num_patches = patches.shape[:2]
+  grid = math.isqrt(num_patches)
+  size = grid * patch_size
+  x = patches.reshape(batch, grid, grid, patch_size, patch_size, -1)
+  return x.swapaxes(2, 3).reshape(batch, size, size, -1)
