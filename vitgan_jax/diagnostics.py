@@ -6,6 +6,7 @@ The networks sow what they have to show; what one does not sow is left out.
 import functools
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,11 +153,9 @@ def _attention_maps(collections):
 
 def _sown(collections, name):
   """Returns {layer: value} of all values that were sown under a name."""
-  values = {}
-  for path, value in jax.tree.leaves_with_path(
-    collections.get("intermediates", {})
-  ):
-    *layer, last, _ = (getattr(part, "key", None) for part in path)
-    if last == name:
-      values["/".join(layer).removesuffix("/norm")] = value
-  return values
+  sown = traverse_util.flatten_dict(collections.get("intermediates", {}))
+  return {
+    "/".join(layer).removesuffix("/norm"): value
+    for (*layer, last), (*_, value) in sown.items()
+    if last == name
+  }
