@@ -122,11 +122,10 @@ class Equalized(nn.Module):
     if not self.use_bias:
       return Linear(kernel, None, self.dtype)
 
-    def init_bias(unused_key, shape, dtype):
-      value = jnp.asarray(self.bias_init, dtype) / self.lr_multiplier
-      return jnp.broadcast_to(value, shape)
-
-    bias = self.param("bias", init_bias, (self.features,), jnp.float32)
+    init = nn.initializers.constant(
+      np.divide(self.bias_init, self.lr_multiplier)
+    )
+    bias = self.param("bias", init, (self.features,), jnp.float32)
     return Linear(kernel, bias * self.lr_multiplier, self.dtype)
 
 
