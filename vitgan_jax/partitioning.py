@@ -125,9 +125,7 @@ def gradient(loss_fn, params, batch, state, *, mesh, num_parts=1):
       gradients, (metrics, _) = jax.eval_shape(
         gradient_fn, params, first, state
       )
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics)
-      )
+      zeros = jax.tree.map(jnp.zeros_like, (gradients, metrics))
       sums, model_states = lax.scan(add, zeros, parts)
       gradients, metrics = jax.tree.map(lambda x: x / num_parts, sums)
       model_state = jax.tree.map(lambda x: x[-1], model_states)

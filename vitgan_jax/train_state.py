@@ -191,11 +191,7 @@ def _creation(config, nets, mesh):
   shapes = jax.eval_shape(create)
   shardings = partitioning.state_shardings(mesh, shapes)
   shapes = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
+    lambda x, sharding: x.update(sharding=sharding), shapes, shardings
   )
   return shapes, jax.jit(create, out_shardings=shardings)
 

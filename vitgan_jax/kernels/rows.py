@@ -197,9 +197,7 @@ def _apply_forward(fused, tiled, shared):
 def _apply_backward(fused, residuals, dy):
   tiled, shared, is_trained = residuals
   dy = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x,
-    dy,
-    is_leaf=_is_zero,
+    lambda x: jnp.zeros_like(x) if isinstance(x, SymbolicZero) else x, dy
   )
   shapes = _shapes_of(tiled)
   if is_trained is None:
@@ -283,7 +281,3 @@ def _write(refs, tile):
 
 def _shapes_of(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _is_zero(x):
-  return isinstance(x, SymbolicZero)
