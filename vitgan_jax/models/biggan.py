@@ -191,16 +191,13 @@ class Generator(LatentGenerator):
   layer, of the model for ImageNet, are here. There is no mapping network: the
   latent itself, beside the class, is what truncation draws to its mean.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S = 4 * 2**(len(channels) - 1).
-    num_classes: 0 is none.
     latent_dim: of z.
     channels: at 4 x 4 pixels, and of each doubling.
     attention_resolution: pixels along a side where self-attention comes in; 0
       is nowhere.
     kernel_init: "orthogonal" or "normal", of standard deviation 0.02.
-    remat: whether the backward pass computes the blocks' insides again.
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int
@@ -289,16 +286,13 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
   """BigGAN's discriminator, images to logits.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, a multiple of 2**num_halvings.
-    num_classes: 0 is none.
     channels: of each block.
     num_halvings: so many blocks, the first ones, halve the resolution.
     attention_resolution: pixels along a side to which self-attention follows
       the halving; 0 is nowhere.
     kernel_init: "orthogonal" or "normal", of standard deviation 0.02.
-    remat: whether the backward pass computes the blocks' insides again.
-    dtype: of the computation; parameters and logits are float32.
   """
 
   image_size: int

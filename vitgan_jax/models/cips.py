@@ -22,17 +22,14 @@ class Generator(MappedGenerator):
   Layers are 1x1 convolutions with noise; colours are the sum of those after
   every second layer.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, pixels along a side; a power of two.
-    num_classes: 0 is none.
     latent_dim: of z and w.
     mapping_depth: layers of the mapping network.
     mapping_lr_multiplier: its relative learning rate.
     base_channels: divided by 4, 8, ... S, the channels of two layers each ...
     max_channels: ... but for these at most; also the number of the Fourier
       features, and of the embedding's.
-    remat: whether the backward pass computes the layers' insides again.
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int

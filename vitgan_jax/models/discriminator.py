@@ -35,13 +35,10 @@ def embed(patches, embedding, positions, class_tokens):
 class Discriminator(nn.Module):
   """ViT discriminator (ViTGAN, section 3.2), images to logits.
 
-  It draws nothing at random: `keys` and `train` are those of all
-  discriminators, see `networks`. A class adds to the logit the projection of
-  its embedding on what the head reads (Miyato and Koyama 2018), over sqrt(D).
+  It draws nothing at random. A class adds to the logit the projection of its
+  embedding on what the head reads (Miyato and Koyama 2018), over sqrt(D).
 
-  Attributes:
-    image_size: S, pixels along a side.
-    num_classes: 0 is none.
+  Attributes, beside those of all networks (see `networks`):
     patch_size: P; divides S.
     overlap: pixels that a patch shares with each neighbour; P / 2 in the paper.
     width: D, of the tokens.
@@ -56,10 +53,6 @@ class Discriminator(nn.Module):
     position_scale: see `layers.SineEmbedding.scale`.
     pooling: what the head reads: "token", the class token, as in the paper; or
       "mean", every patch, of whose logits the mean is taken.
-    remat: whether the backward pass computes the blocks' insides again, which
-      takes time and saves memory.
-    implementation: of `kernels`: "xla", "pallas" or "interpret".
-    dtype: of the computation; parameters, sigma and logits are float32.
   """
 
   image_size: int

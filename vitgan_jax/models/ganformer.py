@@ -174,9 +174,8 @@ class Generator(LatentGenerator):
   A latent is `num_latents` parts that pixels attend to, and a global one, which
   modulates all convolutions.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, pixels along a side; a power of two.
-    num_classes: 0.
     num_latents: parts of a latent, beside the global one.
     component_dim: W, numbers in each; a multiple of 4.
     mapping_depth: pairs of layers of the two mapping networks.
@@ -184,8 +183,6 @@ class Generator(LatentGenerator):
     attention_dropout: in training.
     base_channels: divided by the resolution, the channels at it ...
     max_channels: ... but for these at most.
-    remat: whether the backward pass computes the layers' insides again.
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int

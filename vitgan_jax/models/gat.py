@@ -372,18 +372,13 @@ class Generator(LatentGenerator):
   In training all of them are returned, for a discriminator that takes as many.
   It draws nothing at random.
 
-  Attributes:
-    image_size: S, pixels along a side.
-    num_classes: 0 is none.
+  Attributes, beside those of all networks (see `networks`):
     patch_size: P; divides S. There are (S / P)**2 tokens.
     width: D, of the tokens and of w; the rate should fall with 1 / D.
     depth: number of blocks.
     num_heads: D / num_heads is a multiple of 4.
     latent_dim: of z, and of the class embedding beside it.
     num_levels: images; divides the depth.
-    remat: whether the backward pass computes the blocks' insides again.
-    implementation: of `kernels`: "xla", "pallas" or "interpret".
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int
@@ -512,18 +507,13 @@ class Discriminator(nn.Module):
   behind noise, see `add_level_noise`. A class enters by the product of the
   mapped embedding with the last features, over the root of their number (ours).
 
-  Attributes:
-    image_size: S, pixels along a side.
-    num_classes: 0 is none.
+  Attributes, beside those of all networks (see `networks`):
     patch_size: P; divides S.
     width: D, of the tokens; the rate should fall with 1 / D.
     depth: number of blocks.
     num_heads: D / num_heads is a multiple of 4.
     num_levels: of the images.
     head_dim: features before the class comes in.
-    remat: whether the backward pass computes the blocks' insides again.
-    implementation: of `kernels`: "xla", "pallas" or "interpret".
-    dtype: of the computation; parameters and logits are float32.
   """
 
   image_size: int

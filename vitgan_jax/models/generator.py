@@ -30,12 +30,9 @@ from vitgan_jax.models.transformer import TransformerBlock, check_transformer
 class Generator(MappedGenerator):
   """ViT generator (ViTGAN, section 3.3), latents to images.
 
-  What it draws at random is the noise of the convolutional decoder. `keys` and
-  `train` are those of all generators, see `networks`.
+  What it draws at random is the noise of the convolutional decoder.
 
-  Attributes:
-    image_size: S, pixels along a side.
-    num_classes: 0 is none.
+  Attributes, beside those of all networks (see `networks`):
     patch_size: P; divides S. The generator has (S / P)**2 tokens.
     width: D, of the tokens.
     depth: number of transformer blocks.
@@ -56,10 +53,6 @@ class Generator(MappedGenerator):
     fourier_scale: the same for the pixels of a patch.
     grey: whether images are grey: the mean of what the decoder draws in its
       three channels. A trace of colour tells them from images without any.
-    remat: whether the backward pass computes the blocks' insides again, which
-      takes time and saves memory.
-    implementation: of `kernels`: "xla", "pallas" or "interpret".
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int

@@ -1,8 +1,15 @@
 """Both networks of a config: what they offer, their checks, how they compute.
 
-Both are Linen modules with the fields `image_size` (S), `num_classes` (0:
-none), `dtype`, `remat`, and those of their part of the config. They are called
-alike, with B images:
+Both are Linen modules with these fields, and those of their part of the config:
+
+  image_size: S, pixels along a side.
+  num_classes: 0 is none.
+  dtype: of the computation; parameters, images and logits are float32.
+  remat: whether the backward pass computes the blocks' insides again, which
+    takes time and saves memory.
+  implementation: of `kernels`; only of classes that compute by them, too.
+
+They are called alike, with B images:
 
   generator(latents, labels, keys, train) -> images [B, S, S, 3]
   discriminator(images, labels, keys, train) -> logits [B]
@@ -31,8 +38,7 @@ generated images in one call, one kind after the other: a layer that compares
 images looks at neighbours. Their number, a field `group_size`, divides what a
 device has of a batch.
 
-A network whose class has a field `implementation` computes by `kernels`, too.
-What it sows into "intermediates" is drawn by `diagnostics`.
+What a network sows into "intermediates" is drawn by `diagnostics`.
 
 To add a network, write its class, with `check`, and an entry in `kinds`.
 Nothing here imports JAX before a network is built: configs are plain data.

@@ -54,9 +54,8 @@ class Generator(MappedGenerator):
   It keeps the running mean of w in the collection `averages`, which
   `sample.mean_w` takes for truncation.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, pixels along a side; a power of two.
-    num_classes: 0 is none.
     latent_dim: of z and w.
     mapping_depth: layers of the mapping network.
     mapping_lr_multiplier: its relative learning rate.
@@ -64,9 +63,6 @@ class Generator(MappedGenerator):
     max_channels: ... but for these at most.
     style_mixing: probability, in training, that the w of another latent takes
       over from some layer on.
-    remat: whether the backward pass computes the layers' insides again, which
-      takes time and saves memory.
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int
@@ -224,22 +220,17 @@ class Block(nn.Module):
 class Discriminator(nn.Module):
   """The discriminator of StyleGAN2, images to logits.
 
-  It draws nothing at random: `keys` and `train` are those of all
-  discriminators, see `networks`. With classes the logit is the projection of
-  the last layer on the mapped class (Karras et al. 2020, ADA code).
+  It draws nothing at random. With classes the logit is the projection of the
+  last layer on the mapped class (Karras et al. 2020, ADA code).
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, pixels along a side; a power of two.
-    num_classes: 0 is none.
     base_channels: divided by the resolution, the channels at it ...
     max_channels: ... but for these at most.
     architecture: of the blocks: "resnet" or "orig", without the linear branch.
     group_size: see `minibatch_deviation`.
     mapping_depth: layers of the classes' mapping network.
     mapping_lr_multiplier: its relative learning rate.
-    remat: whether the backward pass computes the blocks' insides again, which
-      takes time and saves memory.
-    dtype: of the computation; parameters and logits are float32.
   """
 
   image_size: int

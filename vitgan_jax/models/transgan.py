@@ -194,16 +194,13 @@ class Generator(LatentGenerator):
 
   It draws nothing at random.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S = 8 * 2**(stages - 1).
-    num_classes: 0.
     width: of the first stage, of 8 x 8 tokens; each stage has a quarter of the
       one before.
     depths: blocks of each stage.
     num_heads: divides all widths.
     latent_dim: of z.
-    remat: whether the backward pass computes the blocks' insides again.
-    dtype: of the computation; parameters and images are float32.
   """
 
   image_size: int
@@ -272,14 +269,11 @@ class Discriminator(nn.Module):
   halved, and patches of 4 x 4 fill the rest. A class token joins for the blocks
   at the end. In training each attention sees some noise.
 
-  Attributes:
+  Attributes, beside those of all networks (see `networks`):
     image_size: S, a multiple of 4.
-    num_classes: 0.
     width: of the second stage; a multiple of 4.
     depths: blocks of the two stages, and of the end.
     num_heads: divides the width and 3/4 of it.
-    remat: whether the backward pass computes the blocks' insides again.
-    dtype: of the computation; parameters and logits are float32.
   """
 
   image_size: int
