@@ -1,6 +1,5 @@
 """The transformer block of both networks, and its attention."""
 
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -80,16 +79,9 @@ def relative_entropy(weights):
 
 
 def attend(module, queries, keys, values, kind):
-  """Returns `kernels.attention.attend` of a layer.
+  """Returns `kernels.attention.attend`, by the fields of the layer `module`.
 
   The plain form shows it where a caller asks for intermediates.
-
-  Args:
-    module: the layer, with num_heads, num_patches and implementation.
-    queries: see there, as the others.
-    keys: likewise.
-    values: likewise.
-    kind: "l2" or "dot".
   """
   plain = module.implementation == "xla"
   if plain and module.is_mutable_collection("intermediates"):
@@ -170,15 +162,16 @@ class MultiHeadAttention(nn.Module):
         projection("key", qk_gain, use_bias=False),
       ]
     layers.append(projection("value"))
-    rows = functools.partial(apply_rows, implementation=self.implementation)
     if self.conv:
       if self.implementation != "xla":
         raise UnsupportedError("convolutional projections have no kernel")
-      y = rows(normalise, h, norm)
+      y = apply_rows(normalise, h, norm)
       projected = [layer(y) for layer in layers]
     else:
       layers = [layer.weights(width) for layer in layers]
-      h, *projected = rows(project, h, norm, layers=layers)
+      h, *projected = apply_rows(
+        project, h, norm, layers=layers, implementation=self.implementation
+      )
     queries, keys, values = projected[0], projected[-2], projected[-1]
     attended = attend(self, queries, keys, values, self.kind)
     return h, attended, Dense(width, name="out", **common).weights(width)
