@@ -146,19 +146,14 @@ def g_loss(g_params, batch, state, *, config, nets):
   Returns:
     (loss, (metrics, the generator's model_state after this call)).
   """
-  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = (
-    split_keys(batch["keys"], 7)
-  )
+  keys = split_keys(batch["keys"], 7)
+  z_keys, flip_keys, real_keys, fake_keys, g_keys, d_keys, noise_keys = keys
+  variables = {"params": g_params, **state.g_model_state}
   labels = batch["labels"]
   augment = augmentation(config, state)
   latents = draw_latents(z_keys, nets.generator.latent_dim)
   fake_images, model_state = _run(
-    nets.generator,
-    {"params": g_params, **state.g_model_state},
-    latents,
-    labels,
-    g_keys,
-    update=True,
+    nets.generator, variables, latents, labels, g_keys, update=True
   )
   discriminate = functools.partial(
     _discriminate,
@@ -181,9 +176,7 @@ def g_loss(g_params, batch, state, *, config, nets):
     penalties["path_length"], metrics["path_length/mean"] = _path_length(
       config,
       state,
-      functools.partial(
-        nets.generator.apply, {"params": g_params, **state.g_model_state}
-      ),
+      functools.partial(nets.generator.apply, variables),
       (latents, labels, g_keys),
       noise_keys,
     )
@@ -241,8 +234,9 @@ def g_step(state, batch, *, config, nets, mesh):
   )
   metrics["gradients/g"] = optax.tree.norm(gradients)
   if config.loss.path_length_weight:
-    average, mean = state.path_length, metrics["path_length/mean"]
-    average = mean + (average - mean) * PATH_LENGTH_DECAY
+    average = train_state_lib.update_ema(
+      state.path_length, metrics["path_length/mean"], PATH_LENGTH_DECAY
+    )
     state = state.replace(path_length=average)
   state = state.replace(
     g_params=optax.apply_updates(state.g_params, updates),
@@ -340,10 +334,8 @@ def make_train_steps(config, nets, mesh):
 
 
 def all_finite(tree):
-  """Tells whether all floating-point numbers of a pytree are finite."""
-  leaves = [
-    x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)
-  ]
+  """Tells whether all numbers of a pytree are finite."""
+  leaves = jax.tree.leaves(tree)
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
@@ -402,9 +394,9 @@ def as_levels(discriminator, images):
 def _real_images(config, images, flip_keys):
   """Returns uint8 images as the networks have them, mirrored at random."""
   images = to_float(images)
-  return (
-    jax.vmap(random_flip)(flip_keys, images) if config.data.flip else images
-  )
+  if config.data.flip:
+    images = jax.vmap(random_flip)(flip_keys, images)
+  return images
 
 
 def _run(network, variables, inputs, labels, keys, update=False):
@@ -477,14 +469,13 @@ def _gradient_penalty(
   """
   every = gradient_penalty_every(config)
 
-  def exact(images):
-    # A kernel has no second derivative.
-    plain = networks.plain(discriminator)
-    return losses.gradient_penalty(
-      functools.partial(discriminate, plain), images
-    )
-
-  def approximate(images):
+  def penalty():
+    if config.loss.gradient_penalty == "exact":
+      # A kernel has no second derivative.
+      plain = networks.plain(discriminator)
+      return losses.gradient_penalty(
+        functools.partial(discriminate, plain), images
+      )
     draw = functools.partial(jax.random.normal, shape=images.shape[1:])
     apply = functools.partial(discriminate, discriminator)
     known = apply(images) if logits is None else logits
@@ -492,13 +483,7 @@ def _gradient_penalty(
       apply, images, known, jax.vmap(draw)(keys)
     )
 
-  penalty = {"exact": exact, "approximate": approximate}
-  return every * lax.cond(
-    step % every == 0,
-    penalty[config.loss.gradient_penalty],
-    lambda unused_images: jnp.zeros(()),
-    images,
-  )
+  return every * lax.cond(step % every == 0, penalty, lambda: jnp.zeros(()))
 
 
 def _path_length(config, state, apply, inputs, noise_keys):
