@@ -7,7 +7,7 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 
-from tests.reference import gelu, leaves, normal, standardise
+from tests.reference import dense, gelu, leaves, normal, standardise
 from vitgan_jax.models import kinds
 from vitgan_jax.models.discriminator import Discriminator
 from vitgan_jax.models.layers import LayerNorm
@@ -37,11 +37,6 @@ def init(module, *args):
     lambda p: np.asarray(p) + normal(*p.shape), variables["params"]
   )
   return {**variables, "params": params}
-
-
-def dense(params, x):
-  kernel = params["kernel"]
-  return x @ kernel / np.sqrt(len(kernel)) + params.get("bias", 0.0)
 
 
 def reference_tokens(params, images, overlap, position_scale):

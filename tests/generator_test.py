@@ -8,7 +8,14 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 
-from tests.reference import apply, init_params, leaves, normal, standardise
+from tests.reference import (
+  apply,
+  dense,
+  init_params,
+  leaves,
+  normal,
+  standardise,
+)
 from vitgan_jax.models import kinds
 from vitgan_jax.models.generator import Generator
 from vitgan_jax.models.mapping import MappingNetwork
@@ -32,11 +39,6 @@ def make_generator(**overrides):
   return Generator(**{**fields, "num_classes": 0, **overrides})
 
 
-def dense(params, x, lr_multiplier=1.0):
-  kernel, bias = params["kernel"], params["bias"]
-  return (x @ kernel / np.sqrt(len(kernel)) + bias) * lr_multiplier
-
-
 def reference_mapping(params, latents, lr_multiplier, labels=None):
   def unit(x):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
@@ -47,7 +49,7 @@ def reference_mapping(params, latents, lr_multiplier, labels=None):
     embedding = layer["kernel"][labels] / np.sqrt(len(layer["kernel"]))
     w = np.concatenate([w, unit(embedding + layer["bias"])], axis=-1)
   for i in range(len(params)):
-    y = dense(params[f"dense{i}"], w, lr_multiplier)
+    y = dense(params[f"dense{i}"], w, lr_multiplier=lr_multiplier)
     w = np.sqrt(2.0) * np.where(y > 0, y, 0.2 * y)
   return w
 

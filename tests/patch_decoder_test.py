@@ -6,7 +6,7 @@ import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
-from tests.reference import apply, init_params, normal
+from tests.reference import apply, dense, init_params, normal
 from vitgan_jax.models.convolutions import draw_noise
 from vitgan_jax.models.patch_decoder import (
   ConcatDecoder,
@@ -17,11 +17,6 @@ from vitgan_jax.models.patch_decoder import (
 
 torch_stylegan2 = pytest.importorskip("tests.torch_stylegan2")
 to_nchw, to_torch = torch_stylegan2.to_nchw, torch_stylegan2.to_torch
-
-
-def dense(params, x):
-  kernel = params["kernel"]
-  return x @ kernel / np.sqrt(len(kernel)) + params["bias"]
 
 
 def leaky_relu(x):

@@ -25,6 +25,12 @@ def standardise(x):
   return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6)
 
 
+def dense(params, x, gain=1.0, lr_multiplier=1.0):
+  """Returns what a dense layer of equalized learning rate makes of x."""
+  scale = gain * lr_multiplier / np.sqrt(len(params["kernel"]))
+  return x @ params["kernel"] * scale + params.get("bias", 0.0) * lr_multiplier
+
+
 def gelu(x):
   return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 

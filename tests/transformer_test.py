@@ -11,6 +11,7 @@ import pytest
 from tests.reference import (
   apply,
   attention_weights,
+  dense,
   gelu,
   init_params,
   normal,
@@ -40,11 +41,6 @@ def test_relative_entropy_of_known_rows(row, expected):
 def test_relative_entropy_is_the_mean_over_rows():
   rows = jnp.array([[[0.25] * 4, [0.0, 0.0, 0.0, 1.0]]])
   assert_allclose(relative_entropy(rows), 0.5, atol=1e-6)
-
-
-def dense(params, x, gain=1.0):
-  kernel = params["kernel"]
-  return x @ kernel * gain / np.sqrt(len(kernel)) + params.get("bias", 0.0)
 
 
 def reference_attention(params, x, num_heads, kind, qk_gain=1.0):
