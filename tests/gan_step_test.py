@@ -365,12 +365,10 @@ def test_approximate_slope_is_of_one_and_the_same_draw(keeps):
       "loss.gradient_penalty": "approximate",
     }
   )
-  count = 4096
-  batch = {
-    "images": np.zeros((count, 2, 2, 3), np.uint8),
-    "labels": None,
-    "keys": jax.random.split(jax.random.key(0), count),
-  }
+  batch = toy_batch(
+    np.zeros((4096, 2, 2, 3), np.uint8),
+    jax.random.split(jax.random.key(0), 4096),
+  )
   kept = {"spectral": {"count": jnp.zeros(())}} if keeps else {}
   _, (metrics, _) = gan_step.d_loss(
     {},
@@ -393,6 +391,10 @@ class Scaled(nn.Module):
     return scale * jnp.mean(images, axis=(1, 2, 3))
 
 
+def toy_batch(images, keys=KEYS):
+  return {"images": images, "labels": None, "keys": keys}
+
+
 def bare_state():
   """Returns a state of networks without parameters."""
   empty = {x.name: {} for x in dataclasses.fields(train_state.GANState)}
@@ -402,11 +404,7 @@ def bare_state():
 def test_slope_is_at_the_image_itself_of_which_the_levels_are_copies():
   config = tiny.tiny_config(PLAIN | {"loss.r1_gamma": 1.0})
   nets = networks.Networks(Grey(), TwoLevels(), "xla")
-  batch = {
-    "images": np.zeros((8, 2, 2, 3), np.uint8),
-    "labels": None,
-    "keys": KEYS,
-  }
+  batch = toy_batch(np.zeros((8, 2, 2, 3), np.uint8))
   _, (metrics, _) = gan_step.d_loss(
     {}, batch, bare_state(), config=config, nets=nets
   )
@@ -429,9 +427,7 @@ def test_drift_is_of_the_images_of_all_devices():
     mesh=partitioning.create_mesh(jax.devices()[:4]),
   )
   gradients, (metrics, _) = jax.jit(gradient)(
-    {"scale": jnp.ones(())},
-    {"images": images, "labels": None, "keys": KEYS},
-    bare_state(),
+    {"scale": jnp.ones(())}, toy_batch(images), bare_state()
   )
   mean = np.mean(images / 127.5 - 1.0)
   np.testing.assert_allclose(metrics["penalty/drift"], mean**2, rtol=1e-4)
@@ -452,11 +448,10 @@ def test_consistency_is_to_the_clean_image_or_to_another_view(anchor, views):
       "augment.brightness": 0.5,
     }
   )
-  batch = {
-    "images": np.zeros((4096, 2, 2, 3), np.uint8),
-    "labels": None,
-    "keys": jax.random.split(jax.random.key(0), 4096),
-  }
+  batch = toy_batch(
+    np.zeros((4096, 2, 2, 3), np.uint8),
+    jax.random.split(jax.random.key(0), 4096),
+  )
   nets = networks.Networks(Grey(), Brightness(), "xla")
   _, (metrics, _) = gan_step.d_loss(
     {}, batch, bare_state(), config=config, nets=nets
@@ -492,17 +487,13 @@ def test_discriminator_steers_the_augmentation():
     functools.partial(gan_step.d_step, config=config, nets=nets, mesh=mesh)
   )
   _, optimizer = train_state.build_optimizers(config)
-  state = train_state.GANState(
-    **{field.name: {} for field in dataclasses.fields(train_state.GANState)}
-  )
-  state = state.replace(
+  state = bare_state().replace(
     augment_probability=jnp.float32(0.2), d_opt_state=optimizer.init({})
   )
   # All real images are above 0, or none.
   for white, sign, moved in ((255, 1.0, 0.24), (0, -1.0, 0.16)):
     images = np.full((8, 2, 2, 3), white, np.uint8)
-    batch = {"images": images, "labels": None, "keys": KEYS}
-    after, metrics = step(state, batch)
+    after, metrics = step(state, toy_batch(images))
     assert metrics["ada/overfitting"] == sign
     np.testing.assert_allclose(metrics["ada/probability"], 0.2)
     np.testing.assert_allclose(after.augment_probability, moved, rtol=1e-6)
@@ -793,12 +784,9 @@ def test_g_takes_the_last_batch_of_a_step():
   *d_keys, g_keys = jax.random.split(key, (4, 8))
   after, metrics = train_step(state, {"images": images, "labels": None}, key)
   for x, keys in zip(images, d_keys):
-    state, _ = d_step(state, {"images": x, "labels": None, "keys": keys})
+    state, _ = d_step(state, toy_batch(x, keys))
   # The relativistic loss of G compares with real images.
-  losses = [
-    g_step(state, {"images": x, "labels": None, "keys": g_keys})[1]["loss/g"]
-    for x in images
-  ]
+  losses = [g_step(state, toy_batch(x, g_keys))[1]["loss/g"] for x in images]
   np.testing.assert_allclose(metrics["loss/g"], losses[-1], rtol=1e-6)
   assert np.all(np.abs(np.array(losses[:-1]) - losses[-1]) > 1e-4)
   assert after.step == 1
