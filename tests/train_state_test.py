@@ -213,6 +213,27 @@ def test_gradients_are_clipped_by_their_norm_together():
   assert optimizers(d=dict(clip_norm=0.25))[0].init(params)[0].count == 0
 
 
+def test_average_of_the_start_halves_in_one_half_life():
+  batch_size, half_life_kimg = 50, 2.0
+  average, params = {"x": jnp.ones(3)}, {"x": jnp.zeros(3)}
+  for step in range(40):  # 40 batches of 50 are 2,000 images
+    decay = train_state.ema_decay(
+      step * batch_size, batch_size, half_life_kimg, ramp_up=0
+    )
+    average = train_state.update_ema(average, params, decay)
+  np.testing.assert_allclose(average["x"], 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.999, 1.0])
+def test_average_moves_by_one_minus_the_decay(decay):
+  rng = np.random.default_rng(0)
+  a, p = rng.normal(size=(2, 7)).astype(np.float32)
+  average = train_state.update_ema({"x": a}, {"x": p}, decay)
+  np.testing.assert_allclose(
+    average["x"], decay * a + (1 - decay) * p, rtol=1e-5, atol=1e-7
+  )
+
+
 def test_average_takes_in_the_collections_that_are_averages():
   config = tiny.tiny_config(
     {"ema.half_life_kimg": 0.016, "ema.ramp_up": 0.0}, d_steps=2
