@@ -221,6 +221,20 @@ def test_step_keeps_the_state_in_shape_and_updates_its_statistics():
     ({"data.image_size": 34}, "doubles 4 x 4 to 32 px, not .*=34"),
     ({"generator.attention_resolution": 4}, "one of 0, 8, 16, 32"),
     ({"discriminator.attention_resolution": 32}, "one of 0, 16, 8"),
+    (
+      {
+        "generator.channels": (8, 8, 4, 8),
+        "generator.attention_resolution": 16,
+      },
+      "generator.channels=.* must have at least 8 at .*=16",
+    ),
+    (
+      {
+        "discriminator.channels": (8, 4),
+        "discriminator.attention_resolution": 8,
+      },
+      "discriminator.channels=.* must have at least 8 at .*=8",
+    ),
   ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -23,26 +23,33 @@ _INITS = {
 }
 
 
-def check_biggan(fields, where, resolutions):
+def check_biggan(fields, where, channels_at):
   """Checks what both networks' parts of a config have in common.
 
   Args:
     fields: of the network.
     where: see `check_fields`.
-    resolutions: those that self-attention may have, pixels along a side.
+    channels_at: of each resolution that self-attention may have, pixels along
+      a side.
 
   Raises:
     ConfigError: says which field is wrong, and what is allowed.
   """
   check_fields(fields, where, choices={"kernel_init": tuple(_INITS)})
-  if fields.attention_resolution not in (0, *resolutions):
+  if fields.attention_resolution not in (0, *channels_at):
     raise ConfigError(
       f"{where}attention_resolution={fields.attention_resolution} must be one "
-      f"of {', '.join(map(str, (0, *resolutions)))}"
+      f"of {', '.join(map(str, (0, *channels_at)))}"
     )
   if not all(isinstance(c, int) and c > 0 for c in fields.channels):
     raise ConfigError(
       f"{where}channels={tuple(fields.channels)} must be positive numbers"
+    )
+  if channels_at.get(fields.attention_resolution, 8) < 8:
+    raise ConfigError(
+      f"{where}channels={tuple(fields.channels)} must have at least 8 at "
+      f"{where}attention_resolution={fields.attention_resolution}, whose "
+      "queries are an eighth of them; 0 is without attention"
     )
 
 
@@ -212,8 +219,8 @@ class Generator(LatentGenerator):
   @staticmethod
   def check(fields, image_size, where):
     """Raises a ConfigError if these fields make no generator."""
-    doublings = range(1, len(fields.channels))
-    check_biggan(fields, where, [4 * 2**i for i in doublings])
+    doubled = enumerate(fields.channels[1:], start=1)
+    check_biggan(fields, where, {4 * 2**i: c for i, c in doubled})
     check_fields(fields, where, positive=("latent_dim",))
     size = 2 ** (len(fields.channels) + 1)
     if size != image_size:
@@ -312,8 +319,8 @@ class Discriminator(nn.Module):
         f"{where}num_halvings={fields.num_halvings} must be from 0 to "
         f"{len(fields.channels)}, the number of {where}channels"
       )
-    halvings = range(1, fields.num_halvings + 1)
-    check_biggan(fields, where, [image_size // 2**i for i in halvings])
+    halved = enumerate(fields.channels[: fields.num_halvings], start=1)
+    check_biggan(fields, where, {image_size // 2**i: c for i, c in halved})
     if image_size % 2**fields.num_halvings:
       raise ConfigError(
         f"config.data.image_size={image_size} must be a multiple of "
