@@ -114,7 +114,9 @@ class ShardMaker:
 
   def _make_shard(self, k):
     """Writes shard k, then its record: a shard with a record is whole."""
-    size = self._data.image_size
+    # Read here: what fails below is an image's fault.
+    size, crop = self._data.image_size, self._data.crop
+    max_pixels = self._data.max_pixels
     path = self._path(k)
     temporary = path.with_suffix(".tmp")
     count, labels, skipped = 0, [], []
@@ -124,11 +126,8 @@ class ShardMaker:
         if self._stop.is_set():
           return None
         try:
-          image = decode.crop_and_resize(
-            decode.decode(encoded, self._data.max_pixels),
-            size,
-            self._data.crop,
-          )
+          image = decode.decode(encoded, max_pixels)
+          image = decode.crop_and_resize(image, size, crop)
         except Exception as error:  # Pillow raises many kinds for a damaged one
           skipped.append(f"{name}: {' '.join(str(error).split())}")
           self._count_skipped(skipped[-1:])
