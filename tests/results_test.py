@@ -65,6 +65,14 @@ def make(
     pictures.write_png(folder / "grid.png", colour)
 
 
+def change_config(workdir, **fields):
+  """Sets fields of the config; returns what it is then."""
+  path = workdir / "config.json"
+  config = json.loads(path.read_text()) | fields
+  path.write_text(json.dumps(config))
+  return config
+
+
 def write(path, records):
   path.write_text("".join(json.dumps(x) + "\n" for x in records))
 
@@ -107,11 +115,11 @@ def test_network_that_maps_classes_counts_where_there_are_classes(
 ):
   for seed in range(2):
     make(tmp_path / f"seed={seed}", {400.0: 50.0}, seed=seed)
-    path = tmp_path / f"seed={seed}" / "config.json"
-    config = json.loads(path.read_text())
-    config["data"] = {"num_classes": num_classes}
-    config["discriminator"] = {"kind": "stylegan2", "mapping_depth": 2 + seed}
-    path.write_text(json.dumps(config))
+    change_config(
+      tmp_path / f"seed={seed}",
+      data={"num_classes": num_classes},
+      discriminator={"kind": "stylegan2", "mapping_depth": 2 + seed},
+    )
   table = table_of(pages([tmp_path], tmp_path / "out"), "The last scores of")
   assert len(table) == 1 + rows
 
@@ -119,13 +127,10 @@ def test_network_that_maps_classes_counts_where_there_are_classes(
 def test_run_from_before_a_field_shares_the_row_of_its_default(tmp_path):
   for seed in range(2):
     make(tmp_path / f"seed={seed}", {400.0: 50.0}, seed=seed)
-    path = tmp_path / f"seed={seed}" / "config.json"
-    config = json.loads(path.read_text())
-    config["generator"] = {"kind": "vitgan"}
-    if seed:
-      config["init_from"] = ""
-      config["generator"]["grey"] = False
-    path.write_text(json.dumps(config))
+  generator = {"kind": "vitgan"}
+  change_config(tmp_path / "seed=0", generator=generator)
+  generator["grey"] = False
+  change_config(tmp_path / "seed=1", generator=generator, init_from="")
   text = pages([tmp_path], tmp_path / "out")
   table = table_of(text, "The last scores of each run")
   assert table["runs"][0] == "2"
@@ -243,10 +248,8 @@ def test_page_in_the_repository_is_what_its_command_makes(tmp_path, name):
 
 def test_where_a_machine_keeps_things_is_not_kept(tmp_path):
   make(tmp_path / "a", {400.0: 5.0})
-  path = tmp_path / "a" / "config.json"
-  config = json.loads(path.read_text())
-  config |= {"data": {"path": "/home/me/x.zip", "split": "train"}}
-  path.write_text(json.dumps(config))
+  data = {"path": "/home/me/x.zip", "split": "train"}
+  config = change_config(tmp_path / "a", data=data)
   pages([tmp_path / "a"], tmp_path / "out")
   kept = json.loads((tmp_path / "out" / "a" / "config.json").read_text())
   assert kept == config | {"data": {"path": "", "split": "train"}}

@@ -80,10 +80,8 @@ class Run:
     if self.config is None:
       started = (self.folder / "log.txt").exists()
       return "failed before its first step" if started else "not started"
-    reached, total = (
-      self.log[-1][0] if self.log else 0,
-      self.config["total_kimg"],
-    )
+    reached = self.log[-1][0] if self.log else 0
+    total = self.config["total_kimg"]
     if reached < total * (1 - _SAME):
       return f"ended at {reached:g} of {total:g} kimg"
     return "" if self.records else "not scored"
@@ -164,6 +162,15 @@ def _is_run(folder):
   return any((folder / name).exists() for name in ("config.json", "log.txt"))
 
 
+def _of_row(config):
+  """Returns the fields of a config that runs of one row have in common."""
+  return {
+    field: value
+    for field, value in config.items()
+    if field != "seed" and field not in MAY_CHANGE
+  }
+
+
 def group(runs):
   """Returns {row: its Runs}: those that differ in their seed alone.
 
@@ -171,12 +178,8 @@ def group(runs):
   """
   rows = collections.defaultdict(list)
   for run in runs:
-    fixed = {
-      k: v
-      for k, v in (run.config or {"": run.name}).items()
-      if k != "seed" and k not in MAY_CHANGE
-    }
-    rows[json.dumps(fixed, sort_keys=True)].append(run)
+    common = _of_row(run.config or {"": run.name})
+    rows[json.dumps(common, sort_keys=True)].append(run)
   named = {}
   for members in rows.values():
     name = members[0].name
@@ -267,10 +270,7 @@ def table(chosen):
   scores = records[0]["scores"]
   distance = next(iter(scores))
   names = [distance] + [
-    name
-    for prefix in _COLUMNS
-    for name in scores
-    if name.split("_")[0] == prefix or name.rstrip("0123456789k") == prefix
+    name for prefix in _COLUMNS for name in scores if name.startswith(prefix)
   ]
   columns = {name: lambda r, name=name: r["scores"][name] for name in names}
   columns |= {
@@ -280,7 +280,7 @@ def table(chosen):
   }
 
   def cells(row, pairs):
-    found = [f"{row}", f"{len(pairs)}"]
+    found = [row, f"{len(pairs)}"]
     found.append(f"{np.mean([r['kimg'] for _, r in pairs]):.0f}")
     found.append(f"{np.mean([run.minutes(r['kimg']) for run, r in pairs]):.0f}")
     for heading, read in columns.items():
@@ -345,10 +345,8 @@ def differences(rows):
   for row in others:
     changed = [
       f"`{field}={value}`"
-      for field, value in configs[row].items()
+      for field, value in _of_row(configs[row]).items()
       if value != configs[first].get(field, value)
-      and field != "seed"
-      and field not in MAY_CHANGE
     ]
     lines.append(f"- `{row}`: {', '.join(changed) or 'no field of the first'}")
   return "\n".join(lines)
@@ -418,16 +416,16 @@ def draw_sheet(path, rows):
     with Image.open(grid) as image:
       image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
       cell.paste(image, (4, 22))
-    cells.append(np.asarray(cell))
+    cells.append(cell)
   if not cells:
     return False
+  width, height = cells[0].size
   columns = min(3, len(cells))
-  cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
-  rows_of_cells = np.stack(cells).reshape(-1, columns, *cells[0].shape)
-  sheet = rows_of_cells.swapaxes(1, 2).reshape(
-    -1, columns * cells[0].shape[1], 3
-  )
-  path.write_bytes(pictures.encode_png(sheet))
+  size = columns * width, -(-len(cells) // columns) * height
+  sheet = Image.new("RGB", size, "white")
+  for i, cell in enumerate(cells):
+    sheet.paste(cell, (i % columns * width, i // columns * height))
+  sheet.save(path)
   return True
 
 
