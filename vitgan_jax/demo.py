@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 
 from vitgan_jax import cli
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, import_extra
 
 _MAX_SEED = 9999
 _NUM_BETWEEN = 12  # pictures of the interpolation strip
@@ -243,13 +243,7 @@ def _import_gradio(folder):
     HF_HUB_DISABLE_TELEMETRY="1",
     GRADIO_TEMP_DIR=os.path.join(folder, "copies"),
   )
-  try:
-    import gradio  # noqa: F401
-  except ImportError as error:
-    raise ConfigError(
-      f"the demo needs gradio, which cannot be imported ({error}): pip install "
-      "-e '.[demo]'"
-    ) from error
+  import_extra("gradio", "the demo", "pip install -e '.[demo]'")
 
 
 if __name__ == "__main__":

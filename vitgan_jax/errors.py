@@ -1,6 +1,7 @@
 """What goes wrong that the user can put right, and how it is said."""
 
 import errno
+import importlib
 import os
 import sys
 
@@ -17,6 +18,25 @@ class ConfigError(ValueError):
 
 class DamagedError(ConfigError):
   """A file is not what was written."""
+
+
+def import_extra(package, what, remedy):
+  """Returns a package that not every installation has.
+
+  Args:
+    package: its name in Python.
+    what: needs it, for the message.
+    remedy: what to do, for the message.
+
+  Raises:
+    ConfigError: if it cannot be imported.
+  """
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise ConfigError(
+      f"{what} needs {package}, which cannot be imported ({error}): {remedy}"
+    ) from error
 
 
 def lasting_fault(error):

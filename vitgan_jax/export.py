@@ -13,14 +13,13 @@ jax2onnx, which asks for an older Orbax than ours and does not use it.
 """
 
 import contextlib
-import importlib
 import json
 
 from absl import flags
 from etils import epath
 
 from vitgan_jax import cli
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, import_extra
 
 _OPSET = 21  # of ONNX; browsers lag behind
 _GRID = 64  # samples on grid.png
@@ -50,7 +49,7 @@ def export(workdir, output, file_format, dtype="float32", data_license=""):
   output = epath.Path(output)
   files.check_new(output)
   if file_format == "onnx":
-    _check_onnx()
+    _import_jax2onnx()  # before the run is loaded
   generator = trained.load(workdir)
   with files.new_folder(output) as folder:
     print(f"Exporting step {generator.step} of {workdir}", flush=True)
@@ -113,8 +112,7 @@ def to_onnx(trained):
   Args:
     trained: `trained.TrainedGenerator`.
   """
-  import jax2onnx
-
+  jax2onnx = _import_jax2onnx()
   draw = _drawing(trained)
 
   def call(latents, *others):
@@ -136,15 +134,9 @@ def to_onnx(trained):
   return model.SerializeToString()
 
 
-def _check_onnx():
-  """Raises a ConfigError if what writes ONNX cannot be imported."""
-  try:
-    importlib.import_module("jax2onnx")
-  except ImportError as error:
-    raise ConfigError(
-      f"ONNX needs jax2onnx, which cannot be imported ({error}): pip install "
-      "-e '.[onnx]', then pip install --no-deps jax2onnx"
-    ) from error
+def _import_jax2onnx():
+  remedy = "pip install -e '.[onnx]', then pip install --no-deps jax2onnx"
+  return import_extra("jax2onnx", "ONNX", remedy)
 
 
 def _labels(trained):

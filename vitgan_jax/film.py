@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from vitgan_jax import cli, files, pictures
 from vitgan_jax import config as config_lib
-from vitgan_jax.errors import ConfigError
+from vitgan_jax.errors import ConfigError, import_extra
 
 KINDS = ("latents", "directions", "mixing", "training")
 SUFFIXES = (".mp4", ".webp", ".gif")
@@ -244,14 +244,8 @@ def _even(frame):
 
 def _ffmpeg():
   """Returns the path of the program; raises a ConfigError without it."""
-  try:
-    import imageio_ffmpeg
-  except ImportError as error:
-    raise ConfigError(
-      f"MP4 needs imageio-ffmpeg, which cannot be imported ({error}): pip "
-      "install -e '.[film]', or give --output=FILE.webp"
-    ) from error
-  return imageio_ffmpeg.get_ffmpeg_exe()
+  remedy = "pip install -e '.[film]', or give --output=FILE.webp"
+  return import_extra("imageio_ffmpeg", "MP4", remedy).get_ffmpeg_exe()
 
 
 def _write_mp4(path, frames, fps):
