@@ -74,9 +74,9 @@ def encode_png(image):
 
 
 def enlarge(image, min_side):
-  """Enlarges an image [H, W, C] by whole pixels to at least `min_side`."""
-  factor = max(1, -(-min_side // min(image.shape[:2])))
-  return image.repeat(factor, axis=0).repeat(factor, axis=1)
+  """Enlarges images [..., H, W, C] by whole pixels to at least `min_side`."""
+  factor = max(1, -(-min_side // min(image.shape[-3:-1])))
+  return image.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def natural_key(name):

@@ -109,8 +109,7 @@ def attention_picture(images, maps):
   Returns:
     uint8 [H, W, 3].
   """
-  factor = -(-_SIDE // images.shape[1])
-  images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+  images = pictures.enlarge(images, _SIDE)
   maps = np.asarray(maps)
   patch = images.shape[1] // maps.shape[-1]
   maps = maps / maps.max(axis=(-2, -1), keepdims=True)
