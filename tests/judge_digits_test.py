@@ -1,4 +1,3 @@
-import ml_collections
 import numpy as np
 import pytest
 
@@ -6,7 +5,6 @@ from configs import digits
 from tests import runs
 from vitgan_jax import config as config_lib
 from vitgan_jax import judge_digits
-from vitgan_jax.data import pipeline
 from vitgan_jax.errors import ConfigError
 
 
@@ -30,14 +28,10 @@ def test_judge_counts_classes_and_averages_their_confidence():
 
 def test_classifier_knows_digits_and_doubts_what_is_none():
   data = digits.get_config().data
-
-  def labelled(split):
-    part = ml_collections.ConfigDict({**data, "split": split})
-    images = pipeline.load_images(part)
-    return images[:], images.labels()
-
-  classifier = judge_digits.fit_classifier(*labelled("train"))
-  images, labels = labelled("test")
+  classifier = judge_digits.fit_classifier(
+    *judge_digits.labelled(data, "train")
+  )
+  images, labels = judge_digits.labelled(data, "test")
   counts, _, confidence = judge_digits.judge(classifier, images)
   assert np.sum(counts) == 300
   assert classifier.score(judge_digits._features(images), labels) > 0.95

@@ -24,6 +24,18 @@ NUM_SAMPLES = 1000
 SEED = 1  # other latents than those of the grids of the training run
 
 
+def labelled(data, split):
+  """Returns the images and labels of a split, as `fit_classifier` takes them.
+
+  Args:
+    data: a config's `data`.
+    split: "train" or "test".
+  """
+  data = ml_collections.ConfigDict({**data, "split": split})
+  images = pipeline.load_images(data)
+  return images[:], images.labels()
+
+
 def fit_classifier(images, labels):
   """Returns a scikit-learn classifier of digits.
 
@@ -74,14 +86,8 @@ def evaluate(workdir):
       f"{workdir} was trained on {config.data.dataset}, not on the digits"
     )
   _, nets, mesh, state = checkpoint.load_run(workdir)
-
-  def labelled(split):
-    data = ml_collections.ConfigDict({**config.data, "split": split})
-    images = pipeline.load_images(data)
-    return images[:], images.labels()
-
-  classifier = fit_classifier(*labelled("train"))
-  real_images, real_labels = labelled("test")
+  classifier = fit_classifier(*labelled(config.data, "train"))
+  real_images, real_labels = labelled(config.data, "test")
   sampler = sample.make_sampler(nets, mesh)
   batches = sample.sample_images(
     sampler, state.g_ema_variables, SEED, NUM_SAMPLES
