@@ -38,6 +38,19 @@ def test_what_the_command_refuses_is_raised(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_training_that_is_killed_is_told_of(tmp_path, monkeypatch):
+  package = tmp_path / "vitgan_jax"
+  package.mkdir()
+  (package / "__init__.py").touch()
+  (package / "main.py").write_text("import os; os.kill(os.getpid(), 9)")
+  monkeypatch.chdir(tmp_path)
+  with (
+    contextlib.redirect_stdout(io.StringIO()),
+    pytest.raises(ConfigError, match="killed by signal 9"),
+  ):
+    notebook.train("configs/digits.py", tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_interruption_saves_and_ends_the_run(tmp_path):
   workdir = tmp_path / "run"

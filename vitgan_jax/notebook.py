@@ -63,5 +63,10 @@ def train(config, workdir, *flags):
           shown = png
       except KeyboardInterrupt:
         process.terminate()  # it saves first
+  if process.returncode < 0:  # as for want of memory
+    raise ConfigError(
+      f"the training was killed by signal {-process.returncode}: the same call "
+      "resumes it"
+    )
   if process.returncode not in (0, cli.EXIT_STOPPED):
     raise ConfigError(lines[-1].removeprefix("error: "))
