@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.demo_test import start_browser, wait_until
+from tests.demo_test import start_browser
 from tests.export_test import generator_of
 from vitgan_jax import export
 
@@ -79,7 +79,7 @@ def test_page_draws_what_its_controls_say(address, tmp_path):
 
     def drawn():
       """Returns 16 images, once they are drawn anew."""
-      wait_until(lambda: "images in" in find("#status").text)
+      runs.wait_until(lambda: "images in" in find("#status").text)
       pixels = np.array(browser.execute_script(_PIXELS), np.uint8)
       pixels = pixels.reshape(4, 16, 4, 16, 4)[..., :3].swapaxes(1, 2)
       browser.execute_script("document.getElementById('status').innerText = ''")
@@ -115,6 +115,6 @@ def test_page_without_a_model_says_so(address):
   try:
     browser.get(address)
     status = browser.find_element("css selector", "#status")
-    wait_until(lambda: "config.json cannot be read" in status.text)
+    runs.wait_until(lambda: "config.json cannot be read" in status.text)
   finally:
     browser.quit()

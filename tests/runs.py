@@ -9,6 +9,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 from unittest import mock
 import warnings
@@ -84,6 +85,15 @@ def call(module, *arguments, cwd):
   return code or 0, output.getvalue(), errors.getvalue()
 
 
+def refusal(module, *arguments, cwd):
+  """Returns the one line with which a command refuses its arguments."""
+  code, output, errors = call(module, *arguments, cwd=cwd)
+  assert code == 78 and not output, errors
+  (line,) = errors.splitlines()
+  assert line.startswith("error: ")
+  return line
+
+
 def start_main(*arguments, cwd, program=("-m", "vitgan_jax.main"), **variables):
   """Starts the command line on eight devices; returns the Popen."""
   path = os.pathsep.join([*variables.pop("path", ()), str(ROOT)])
@@ -140,6 +150,15 @@ def wait_for(processes):
     for process in processes:
       process.kill()
   return [(p.returncode, *result) for p, result in zip(processes, results)]
+
+
+def wait_until(condition, seconds=120):
+  """Waits for a condition to return what is true; returns that."""
+  deadline = time.monotonic() + seconds
+  while not (value := condition()):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  return value
 
 
 def snapshot(folder):

@@ -155,7 +155,4 @@ def test_the_command_line_answers_bad_input_in_one_line():
     (["--config=configs/digits.py", "--config.seed=-1"], "seed"),
     (["--config=configs/digits.py", "--sweep=no.py"], "no.py"),
   ):
-    code, output, errors = runs.call("launch.units", *arguments, cwd=runs.ROOT)
-    assert code == 78 and not output
-    (line,) = errors.splitlines()
-    assert line.startswith("error: ") and words in line
+    assert words in runs.refusal("launch.units", *arguments, cwd=runs.ROOT)
