@@ -74,7 +74,6 @@ class Painter:
     cut = None
     if truncation != 1.0:
       cut = truncation, sample.mean_w(self.nets, self.variables)
-    seed = jax.random.key(seed)
 
     @jax.jit
     def w_of(variables, latents):
@@ -85,7 +84,7 @@ class Painter:
 
     @jax.jit
     def paint(variables, w):
-      keys = jax.vmap(lambda i: jax.random.fold_in(seed, i))(np.arange(len(w)))
+      keys, _ = sample.keys_of(seed, np.arange(len(w)))
       return to_uint8(
         self.generator.apply(variables, w, keys, method="synthesize")
       )

@@ -368,6 +368,8 @@ def _projections(projector, targets, num_steps, seed):
   """Yields (target, w, image, distances) of targets, batch after batch."""
   import jax
 
+  from vitgan_jax import sample
+
   start, step, finish = projector
   batches = [
     targets[i : i + BATCH_SIZE] for i in range(0, len(targets), BATCH_SIZE)
@@ -382,10 +384,7 @@ def _projections(projector, targets, num_steps, seed):
         labels = np.array([target.label for target in batch])
       # The noise of an image is its own, whatever others there are.
       numbers = [int(target.digest()[:8], 16) for target in batch]
-      key = jax.random.key(seed)
-      keys = jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(
-        np.array(numbers, np.uint32)
-      )
+      keys, _ = sample.keys_of(seed, np.array(numbers, np.uint32))
       state = start(pixels)
       *_, before = finish(state, pixels, labels)
       for i in range(num_steps):
