@@ -24,6 +24,10 @@ const context = grid.getContext("2d");
 return [...context.getImageData(0, 0, grid.width, grid.height).data];
 """
 
+_FAIL_ONCE = """
+performance.now = () => { delete performance.now; throw Error("no clock"); };
+"""
+
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
   def log_message(self, *unused):
@@ -97,6 +101,9 @@ def test_page_draws_what_its_controls_say(address, tmp_path):
     assert same == [i % 3 == 1 for i in range(16)]
     find("#seed").send_keys("\ue014")  # the right arrow
     assert not np.array_equal(drawn(), of_class)
+    browser.execute_script(_FAIL_ONCE)
+    find("#seed").send_keys("\ue012")  # the left arrow
+    runs.wait_until(lambda: "no clock" in find("#status").text)
     find("#truncation").send_keys("\ue011")  # home: 0
     images = drawn()
     # All are of the mean w of the class.
