@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import types
+import urllib.parse
 import urllib.request
 
 import jax
@@ -254,6 +255,11 @@ def test_in_a_browser_each_control_changes_the_pictures(address, tmp_path):
       )
       return tuple(shown) if len(shown) == 2 else None
 
+    def name():
+      """Returns the name of the grid that is shown."""
+      url = urllib.parse.unquote((sources() or [""])[0])
+      return url.rpartition("/")[2]
+
     def find(selector):
       return browser.find_element("css selector", selector)
 
@@ -261,12 +267,12 @@ def test_in_a_browser_each_control_changes_the_pictures(address, tmp_path):
     assert all("seed0-psi1.00" in source for source in first)
     slider = find("#truncation input[type=range]")
     slider.send_keys("\ue012" * 30)  # the left arrow
-    runs.wait_until(lambda: sources() and "seed0-psi0.70" in sources()[0])
+    runs.wait_until(lambda: "seed0-psi0.70" in name())
     slider = find("#direction1 input[type=range]")
     slider.send_keys("\ue014" * 10)  # the right arrow
-    runs.wait_until(lambda: sources() and "-+1.0-+0.0" in sources()[0])
+    runs.wait_until(lambda: "-+1.0-+0.0" in name())
     find("#dice").click()
-    runs.wait_until(lambda: sources() and "seed0-" not in sources()[0])
+    runs.wait_until(lambda: sources() and "seed0-" not in name())
     shown = sources()
     assert "psi0.70" in shown[1]
     contents = [
@@ -280,7 +286,7 @@ def test_in_a_browser_each_control_changes_the_pictures(address, tmp_path):
     )
     find("#download").click()
     (path,) = runs.wait_until(lambda: list(tmp_path.glob("*.png")))
-    assert path.read_bytes() == contents[2] and path.name in shown[0]
+    assert path.read_bytes() == contents[2] and path.name == name()
     asked = {
       message["params"]["request"]["url"]
       for entry in browser.get_log("performance")
