@@ -229,9 +229,11 @@ def keep(workdir, record, best, config, state, data_state):
         held.enter_context(
           files.hold(workdir, "--workdir", ".scores.lock", wait=True)
         )
-        if best:
-          names = config_lib.class_names(workdir)
-          config_lib.claim_workdir(config, workdir / "best", names)
+    best = best and is_best(workdir, record)  # still, after what others kept
+    with processes.raise_together():
+      if best and processes.is_primary():
+        names = config_lib.class_names(workdir)
+        config_lib.claim_workdir(config, workdir / "best", names)
     if best:
       with checkpoint.create_manager(workdir / "best") as manager:
         checkpoint.save(manager, state, data_state)
