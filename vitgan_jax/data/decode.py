@@ -1,17 +1,10 @@
 """One image: from the bytes of a file to a square of RGB."""
 
-import contextlib
 import io
 import warnings
 
 import numpy as np
-from PIL import (
-  Image,
-  ImageCms,
-  ImageOps,
-  PngImagePlugin,
-  UnidentifiedImageError,
-)
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 FORMATS = (
   "PNG JPEG WEBP AVIF BMP DDS GIF ICO JPEG2000 PCX PPM PSD QOI SGI TGA TIFF"
@@ -23,6 +16,17 @@ FILTER = Image.Resampling.LANCZOS
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+_ORIENTATION = 0x0112  # tag of EXIF, whose values are
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 def is_image(file):
@@ -67,11 +71,7 @@ def decode(encoded, max_pixels=2**30):
     # Pillow takes the high bytes of 16 bits, but not of this colour.
     image.info["transparency"] = tuple(x >> 8 for x in transparent)
   image.load()
-  # A good picture may have broken tags. In place, it is turned before Pillow
-  # writes them anew, which raises.
-  with contextlib.suppress(Exception):
-    ImageOps.exif_transpose(image, in_place=True)
-  profile = image.info.get("icc_profile")
+  turn, profile = _turn(image), image.info.get("icc_profile")
   if image.mode.startswith("I"):
     image = _to_eight_bits(image, transparent)
   if image.has_transparency_data:
@@ -83,7 +83,16 @@ def decode(encoded, max_pixels=2**30):
   if image.mode == "RGBA":
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
-  return image.convert("RGB")
+  image = image.convert("RGB")
+  return image if turn is None else image.transpose(turn)
+
+
+def _turn(image):
+  """Returns what turns a photo upright, or None."""
+  try:
+    return _TURNS.get(image.getexif().get(_ORIENTATION))
+  except Exception:  # a good picture may have broken tags
+    return None
 
 
 def _to_eight_bits(image, transparent):
