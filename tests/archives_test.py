@@ -182,6 +182,15 @@ def test_encrypted_zip_is_an_error_that_says_so(tmp_path):
     archives.open_archive(path)
 
 
+def test_lmdb_is_read_by_key(tmp_path):
+  values = {f"{i:040x}".encode(): f"image {i}".encode() for i in (7, 3, 5)}
+  archive = archives.open_archive(write_lmdb(tmp_path / "x", values))
+  assert [archive.names[i] for i in range(3)] == sorted(values)
+  assert [archive.read(i) for i in range(3)] == [
+    values[key] for key in sorted(values)
+  ]
+
+
 def test_file_that_cannot_be_read_is_empty(tmp_path):
   folder = write_folder(tmp_path / "x", FILES)
   archive = archives.open_archive(folder)

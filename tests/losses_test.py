@@ -40,6 +40,10 @@ def as_float32(*arrays):
   return [jnp.asarray(x, jnp.float32) for x in arrays]
 
 
+def test_every_adversarial_loss_has_a_reference():
+  assert losses.ADVERSARIAL_LOSSES.keys() == REFERENCE.keys()
+
+
 @pytest.mark.parametrize("side", [0, 1], ids=["d", "g"])
 @pytest.mark.parametrize("name", losses.ADVERSARIAL_LOSSES)
 def test_adversarial_loss_matches_float64_formula(name, side):
@@ -62,6 +66,14 @@ def test_logistic_losses_stay_finite_where_sigmoid_underflows(name, side):
   value, gradients = jax.value_and_grad(loss_fn, argnums=1)(*worst)
   assert value >= 200.0 and np.isfinite(value)
   np.testing.assert_allclose(np.abs(gradients), 0.25)  # slope 1, mean of 4
+
+
+def test_relativistic_loss_compares_pairs_not_means():
+  real, fake = as_float32([5.0, -5.0], [5.0, -5.0])
+  np.testing.assert_allclose(
+    losses.relativistic_d(real, fake), np.log(2.0), rtol=1e-6
+  )
+  assert losses.relativistic_d(real, fake[::-1]) > 2.0
 
 
 def test_balanced_consistency_is_the_mean_squared_difference():

@@ -340,6 +340,14 @@ def test_path_may_begin_at_home(tmp_path, monkeypatch):
   assert (tmp_path / "data" / "vitgan_jax").is_dir()
 
 
+def test_new_images_under_the_same_path_are_prepared_anew(tmp_path):
+  path = datasets.write_folder(tmp_path / "mine", user_files())
+  data = data_config(tmp_path, "folder", path=str(path))
+  assert len(pipeline.load_images(data)) == 8
+  datasets.write_folder(path, {"dogs/5.png": encode(noise(9, 9, 3))})
+  assert len(pipeline.load_images(data)) == 9
+
+
 @pytest.mark.parametrize(
   "split",
   [
@@ -441,6 +449,12 @@ def test_order_does_not_depend_on_files_or_shards(tmp_path, monkeypatch):
   one, many = prepared
   assert len(many.card["shards"]) == 4 and len(one.card["shards"]) == 1
   np.testing.assert_array_equal(many[:], one[:])
+
+
+def test_unknown_split_is_an_error_that_lists_the_splits(tmp_path):
+  data = data_config(tmp_path, "sklearn_digits", split="valid")
+  with pytest.raises(ConfigError, match="it has train, test"):
+    pipeline.load_images(data)
 
 
 def test_unknown_split_of_lsun_downloads_nothing(tmp_path, no_network):

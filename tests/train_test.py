@@ -483,9 +483,16 @@ def failing(data):
 @pytest.mark.parametrize(
   "fields, match",
   [
+    ({"batch_size": 12}, "must be a multiple of the 8 devices"),
+    (
+      {"accumulation": 4, "batch_size": 16},
+      "batch_size=16 .* the 8 devices times config.accumulation=4",
+    ),
+    ({"generator.num_heads": 3}, "must divide"),
     ({"data.dataset": "fails"}, "no data"),
     ({"data.split": "train[:5]"}, "has 5 images .*batch_size=8"),
     ({"data.num_classes": 5}, "num_classes=5 must be 0 or the 10 classes of"),
+    ({"implementation": "pallas"}, "'pallas' is for TPUs"),
   ],
 )
 def test_run_that_cannot_start_leaves_no_workdir(
