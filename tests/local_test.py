@@ -144,7 +144,7 @@ def test_a_sweep_with_a_killed_unit_ends_complete(tmp_path):
   )
   process = start(*ARGUMENTS, "--sweep=two.py", "--jobs=2", cwd=tmp_path)
   checkpoints = tmp_path / "sweep" / "seed=0" / "checkpoints"
-  runs.wait_until(lambda: list(checkpoints.glob("[0-9]*")))
+  runs.wait_until(lambda: list(checkpoints.glob("[0-9]*")), seconds=120)
   os.kill(min(children(process)), signal.SIGKILL)
   output, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
@@ -170,7 +170,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   process = start(*arguments, cwd=tmp_path)
   logs = [tmp_path / "sweep" / f"seed={i}" / "log.txt" for i in (0, 1)]
   runs.wait_until(
-    lambda: all(p.exists() and "ETA" in p.read_text() for p in logs)
+    lambda: all(p.exists() and "ETA" in p.read_text() for p in logs),
+    seconds=120,
   )
   second = start(*arguments, cwd=tmp_path)
   _, errors = second.communicate(timeout=60)
@@ -188,7 +189,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert not (tmp_path / "sweep" / "seed=2").exists()
   again = start(*arguments, cwd=tmp_path)
   runs.wait_until(
-    lambda: all("Resuming at step" in p.read_text() for p in logs)
+    lambda: all("Resuming at step" in p.read_text() for p in logs),
+    seconds=120,
   )
   again.send_signal(signal.SIGTERM)
   again.communicate(timeout=120)

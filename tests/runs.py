@@ -152,7 +152,7 @@ def wait_for(processes):
   return [(p.returncode, *result) for p, result in zip(processes, results)]
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=60):
   """Waits for a condition to return what is true; returns that."""
   deadline = time.monotonic() + seconds
   while not (value := condition()):
