@@ -5,13 +5,10 @@ r"""Runs one config, or a sweep, under XManager: a work unit a run.
     --config=configs/digits.py --sweep=configs/sweeps/seeds.py --jobs=2
 
 trains on this machine, in the environment of `make install`. On Google Cloud,
-in the container of launch/Dockerfile:
+in the container of launch/Dockerfile, for TPUs or, as a100=8, for GPUs:
 
   ... launch/xm.py -- --config=configs/celeba64.py --executor=vertex \
     --accelerator=tpu_v3=8 --workdir=/gcs/BUCKET/runs/celeba64
-
-For GPUs, as a100=8, first set ACCELERATOR=cuda in launch/Dockerfile: XManager
-gives a build no arguments.
 
 Watch: what the units print comes with their names before it; on Google Cloud,
 in its console. Stop: Ctrl-C, upon which each local unit saves; the same command
@@ -24,6 +21,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
 
 from absl import flags
 from xmanager import xm, xm_local
@@ -91,8 +89,25 @@ def _list_units():
   return [(name, shlex.split(command)[1:]) for name, _, command in lines]
 
 
-def _executor_and_package():
-  """Returns what runs the units, and what they run in."""
+def _write_dockerfile(folder, kind):
+  """Returns the path of launch/Dockerfile for a kind of accelerator.
+
+  XManager gives a build no arguments, so the default of this one is changed.
+  """
+  text = (_ROOT / "launch" / "Dockerfile").read_text()
+  if not kind.startswith("tpu"):
+    text = text.replace("\nARG ACCELERATOR=tpu\n", "\nARG ACCELERATOR=cuda\n")
+  path = pathlib.Path(folder) / "Dockerfile"
+  path.write_text(text)
+  return str(path)
+
+
+def _executor_and_package(folder):
+  """Returns what runs the units, and what they run in.
+
+  Args:
+    folder: of files that are needed until that is built.
+  """
   if _EXECUTOR.value == "local":
     return xm_local.Local(), xm.binary(
       executor_spec=xm_local.Local.Spec(), path=_PYTHON.value
@@ -111,13 +126,12 @@ def _executor_and_package():
   return executor_class(requirements=requirements), xm.dockerfile_container(
     executor_spec=executor_class.Spec(),
     path=str(_ROOT),
-    dockerfile=str(_ROOT / "launch" / "Dockerfile"),
+    dockerfile=_write_dockerfile(folder, kind),
   )
 
 
-async def _run(work):
+async def _run(work, executor, packageable):
   """Adds the units to an experiment; returns the names of those that failed."""
-  executor, packageable = _executor_and_package()
   slots = asyncio.Semaphore(_JOBS.value)
   failed = []
   title = os.path.basename(_ROOT)
@@ -151,7 +165,8 @@ def main(arguments):
     for _, command in work:
       print(shlex.join([_PYTHON.value, *command]))
     return
-  failed = asyncio.run(_run(work))
+  with tempfile.TemporaryDirectory() as folder:
+    failed = asyncio.run(_run(work, *_executor_and_package(folder)))
   if failed:
     sys.exit(
       f"error: {len(failed)} of {len(work)} work units failed: "

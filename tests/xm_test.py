@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -82,6 +83,29 @@ def test_bad_input_is_answered(arguments, words, launch):
   assert process.returncode == 78
   (line,) = process.stderr.strip().splitlines()
   assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize("kind, extra", [("tpu_v3", "tpu"), ("a100", "cuda")])
+def test_the_container_is_for_the_accelerator(kind, extra, tmp_path):
+  code = f"""
+import sys
+from launch import xm
+print(xm._write_dockerfile(sys.argv.pop(), {kind!r}))
+"""
+  process = subprocess.run(
+    [XMANAGER.with_name("python"), "-c", code, str(tmp_path)],
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  lines = pathlib.Path(process.stdout.strip()).read_text().splitlines()
+  plain = (runs.ROOT / "launch" / "Dockerfile").read_text().splitlines()
+  (changed,) = [line for line in lines if line.startswith("ARG")]
+  assert changed == f"ARG ACCELERATOR={extra}"
+  assert [line for line in lines if line != changed] == [
+    line for line in plain if not line.startswith("ARG")
+  ]
 
 
 @pytest.mark.slow
