@@ -18,11 +18,6 @@ POOLED = {"discriminator.pooling": "mean"}
 CONSISTENCY = {"loss.bcr_weight": 1.0}
 SMALL_BATCH = {"batch_size": 16}
 DEEP = {"generator.depth": 4, "discriminator.depth": 4}
-WIDE = {
-  f"{network}.{field}": value
-  for network in ("generator", "discriminator")
-  for field, value in (("width", 96), ("num_heads", 6), ("mlp_dim", 384))
-}
 PLAIN = {
   "discriminator.attention": "dot",
   "discriminator.qk_gain": 1.0,
@@ -54,9 +49,6 @@ RUNS = {
   "no_overlap_two_steps": NO_CONSISTENCY | FASTER | NO_OVERLAP | {"d_steps": 2},
   "no_overlap_pooled": CONSISTENCY | FASTER | NO_OVERLAP | POOLED,
   "no_overlap_deep": CONSISTENCY | FASTER | NO_OVERLAP | DEEP,
-  "no_overlap_wide": CONSISTENCY | FASTER | NO_OVERLAP | WIDE,
-  "short_average": CONSISTENCY | FASTER | NO_OVERLAP | {"ema.ramp_up": 0.01},
-  "long_average": CONSISTENCY | FASTER | NO_OVERLAP | {"ema.ramp_up": 0.25},
   "fine_discriminator": CONSISTENCY | FASTER | FINE,
   "fine_pooled": CONSISTENCY | FASTER | FINE | POOLED,
   "fine_no_consistency": NO_CONSISTENCY | FASTER | FINE,
