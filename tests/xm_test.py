@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -118,7 +119,8 @@ def test_a_sweep_runs_on_this_machine_and_failures_are_named(launch, tmp_path):
     assert json.loads((folder / "config.json").read_text())["seed"] == seed
     assert (folder / "grid.png").exists()
   assert process.stdout.count("Done. The last samples are in") == 2
-  (workdir / "seed=1" / "config.json").write_text("{")
+  # The run of another config is refused.
+  shutil.copy(workdir / "seed=0" / "config.json", workdir / "seed=1")
   process = launch(f"--workdir={workdir}")
   assert process.returncode == 1
   assert "1 of 2 work units failed: seed=1;" in process.stderr
